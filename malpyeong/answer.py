@@ -1,0 +1,225 @@
+"""The answer format, defined once: the prompt's instruction, the writer, two readers and the verdict.
+
+An answer is ``"{sentence}"가 옳다. {reason}``. Two readers are kept apart:
+
+* :func:`contest_split` is the contest's own literal split. Only it decides a score.
+* :func:`parse_answer` is ours and tolerant: it finds the sentence in answers with text before it, curly or
+  nested quotes, two sentences, a missing quote. It serves repair, votes and reports, never a score.
+"""
+
+import re
+from dataclasses import dataclass
+
+INSTRUCTION = (
+    "한국어 어문 규범에 맞는 문장을 고르거나 바르게 고치고 그 이유를 설명하세요. "
+    '답은 반드시 "올바른 문장"가 옳다. 이유 의 형식으로만 쓰세요.'
+)
+
+_OPEN, _CLOSE = "\"'“‘", "\"'”’"
+_PAIRS = {'"': '"', "'": "'", "“": "”", "‘": "’"}
+
+# The closing quote, the particle and the verb, as models and people write them.
+_MARKER = re.compile(
+    rf"(?P<close>[{_CLOSE}“‘])\s*(?P<particle>으가|[가이]|으로|로)\s*"
+    r"(?:(?<=[가이])\s*옳다|(?<=로)\s*(?:고쳐|바꾸어|바꿔)\s*(?:쓴다|써야\s*한다))"
+)
+_BARE_MARKER = re.compile(r"(?P<particle>[가이])\s+옳다")
+_JOINER = re.compile(rf"[{_CLOSE}]\s*(?P<word>혹은|또는)\s*[{_OPEN}]")
+_THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
+_FENCE = re.compile(r"\A\s*```[^\n`]*\n(?P<body>.*?)(?:\n?```\s*)?\Z", re.DOTALL)
+_SENTENCE_END = re.compile(r"[.!?。…](?:[\"'”’)\]」』])*\Z")
+
+_DIGITS_WITH_FINAL_CONSONANT = frozenset("013678")  # 영 일 삼 육 칠 팔
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What :func:`parse_answer` found.
+
+    Attributes:
+        sentences: the sentence called right; two where they are joined by 혹은 or 또는; empty if none was found.
+        particle: what stood between sentence and 옳다 (``가``, ``이``, ``으가``, …), "" if nothing did.
+        reason: the text after the verdict, "" if none.
+        joiner: ``혹은`` or ``또는`` between two sentences, else "".
+        complete: False where the text stops before its verdict (``"문장``, ``"문장"가``).
+    """
+
+    sentences: tuple[str, ...]
+    particle: str
+    reason: str
+    joiner: str = ""
+    complete: bool = True
+
+    @property
+    def sentence(self) -> str:
+        """The first sentence, or "" if none was found."""
+        return self.sentences[0] if self.sentences else ""
+
+
+def contest_split(text: str) -> tuple[str, str]:
+    """Split an answer into verdict and reason as the contest's scorer does, to the letter.
+
+    At the first ``가 옳다`` anywhere; only if there is none, at the first ``이 옳다``. The verdict runs up to
+    and including it. Without either, the whole text is the verdict and the reason is empty.
+
+    Returns:
+        (verdict, reason), both stripped; the reason without leading periods, commas and spaces.
+    """
+    for marker in ("가 옳다", "이 옳다"):
+        head, found, tail = text.partition(marker)
+        if found:
+            return (head + marker).strip(), tail.strip().lstrip("., ")
+    return text.strip(), ""
+
+
+def subject_particle(text: str) -> str:
+    """Return 이 or 가, whichever follows ``text`` in speech.
+
+    The last Hangul letter, jamo or digit counts; closing punctuation and quotes after it are passed over.
+    Text that ends in anything else takes 가, as nearly all gold answers do.
+    """
+    return "이" if has_final_consonant(text) else "가"
+
+
+def has_final_consonant(text: str) -> bool:
+    """Tell whether the last spoken letter of ``text`` ends in a consonant (ㄹ is read 리을, 7 is read 칠)."""
+    for character in reversed(text):
+        if "가" <= character <= "힣":
+            return (ord(character) - ord("가")) % 28 != 0
+        if "ㄱ" <= character <= "ㅎ":
+            return True
+        if "0" <= character <= "9":
+            return character in _DIGITS_WITH_FINAL_CONSONANT
+        if character.isalnum():
+            return False
+    return False
+
+
+def write_answer(sentences: str | tuple[str, ...], reason: str, joiner: str = "혹은") -> str:
+    """Write an answer in the contest's form, with the particle that the last sentence calls for.
+
+    Raises:
+        ValueError: the parts do not come back from :func:`parse_answer` (empty, padded with spaces, a
+            sentence that itself contains a verdict or a joiner between quotes).
+    """
+    if isinstance(sentences, str):
+        sentences = (sentences,)
+    quoted = f" {joiner} ".join(f'"{sentence}"' for sentence in sentences)
+    text = f"{quoted}{subject_particle(sentences[-1]) if sentences else ''} 옳다. {reason}"
+    found = parse_answer(text)
+    if not sentences or not reason or (found.sentences, found.reason) != (sentences, reason):
+        raise ValueError(f"not an answer that reads back as it was written: {text!r}")
+    return text
+
+
+def parse_answer(text: str) -> Answer:
+    """Find sentence, particle and reason in a model's answer, whatever surrounds them.
+
+    Never raises; a text without any verdict gives an :class:`Answer` with ``complete=False``.
+    """
+    text = _unwrap(text)
+    marker = _MARKER.search(text)
+    if marker is None:
+        return _parse_without_quote(text)
+    quoted = text[: marker.start()]
+    body = quoted[_opening(quoted, marker["close"]) :].strip()
+    sentences, joiner = _split_joined(body)
+    return Answer(sentences, marker["particle"], _reason(text[marker.end() :]), joiner)
+
+
+def format_problem(text: str) -> str | None:
+    """Return why ``text`` is not exactly in the contest's form, or None if it is.
+
+    Stricter than the parser and stricter than the contest: what passes here is split by the contest's scorer
+    where it should be, with straight quotes at both ends, one space, and a reason that ends.
+    """
+    if not text.strip():
+        return "empty answer"
+    if "<think>" in text or "</think>" in text:
+        return "a <think> block is left in the answer"
+    if "```" in text:
+        return "code fence around the answer"
+    if "\n" in text.strip():
+        return "more than one line"
+    if text != text.strip():
+        return "space before or after the answer"
+    if text[0] in "“”‘’'":
+        return f"sentence is opened by {text[0]} instead of a straight double quote"
+    if text[0] != '"':
+        return "text before the sentence"
+    answer = parse_answer(text)
+    if not answer.complete:
+        return "cut off before the verdict (가 옳다)"
+    if answer.particle not in ("가", "이"):
+        return f"verdict written with {answer.particle or 'no particle'} instead of 가/이 옳다"
+    if not all(sentence.strip() for sentence in answer.sentences) or not answer.sentences:
+        return "empty sentence"
+    verdict = f'"{answer.particle} 옳다. '
+    head, found, reason = text.partition(verdict)
+    if not found:
+        return 'verdict is not written exactly as `"가 옳다. ` with a reason after it'
+    if head[1:].strip() != head[1:]:
+        return "space inside the quotes"
+    if contest_split(text) != (f'{head}"{answer.particle} 옳다', reason.strip().lstrip("., ")):
+        return "the contest's split falls elsewhere (a second 가 옳다 / 이 옳다)"
+    if not reason.strip():
+        return "no reason"
+    if not _SENTENCE_END.search(reason):
+        return "reason is cut off (does not end in a period)"
+    return None
+
+
+def _unwrap(text: str) -> str:
+    """Drop thinking and a code fence around the answer."""
+    text = _THINK.sub("", text)
+    if "</think>" in text:  # the opening tag was part of the prompt
+        text = text.rpartition("</think>")[2]
+    if "<think>" in text:  # cut off while thinking: nothing after it is an answer
+        text = text.partition("<think>")[0]
+    fence = _FENCE.match(text)
+    return (fence["body"] if fence else text).strip()
+
+
+def _opening(text: str, close: str) -> int:
+    """Return where the sentence that is closed after ``text`` begins.
+
+    An answer that starts with a quote starts with its sentence, which may hold further quotes. Otherwise the
+    sentence starts at the first opening quote of the closing one's kind that follows a space or a colon, or
+    at any quote, or, with none at all, after a leading label such as ``정답:``.
+    """
+    if text[:1] and text[0] in _OPEN + _CLOSE:
+        return 1
+    kinds = [quote for quote in _PAIRS if _PAIRS[quote] == close] or [close]
+    for pattern in (rf"(?:(?<=\s)|(?<=[:：]))[{''.join(kinds)}]", f"[{''.join(kinds)}]", f"[{_OPEN}]"):
+        found = re.search(pattern, text)
+        if found:
+            return found.end()
+    label = re.match(r"\s*[\w ]{1,10}[:：]\s*", text)
+    return label.end() if label else 0
+
+
+def _split_joined(body: str) -> tuple[tuple[str, ...], str]:
+    joiner = _JOINER.search(body)
+    if joiner is None:
+        return (body,), ""
+    return (body[: joiner.start()].strip(), body[joiner.end() :].strip()), joiner["word"]
+
+
+def _parse_without_quote(text: str) -> Answer:
+    """Read an answer in which no quote stands before the particle, or that has no verdict at all."""
+    marker = _BARE_MARKER.search(text)
+    if marker:
+        body = text[: marker.start()]
+        start = _opening(body, '"')
+        return Answer((body[start:].strip(),), marker["particle"], _reason(text[marker.end() :]))
+    if text and text[0] in _OPEN:
+        close = _PAIRS[text[0]]
+        end = text.rfind(close, 1)
+        if end > 0:
+            return Answer((text[1:end].strip(),), "", "", complete=False)
+        return Answer((text[1:].strip(),), "", "", complete=False)
+    return Answer((), "", "", complete=False)
+
+
+def _reason(text: str) -> str:
+    return text.strip().lstrip("., ")

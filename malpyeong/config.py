@@ -1,0 +1,214 @@
+"""Recipe files: YAML with strict keys, overridden on the command line by ``block.key=value``."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from malpyeong.errors import InputError
+
+
+class Block(BaseModel):
+    """A block of a recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, frozen=True)
+
+
+class LoraBlock(Block):
+    """LoRA adapter: rank, scale and where it goes. Dropout is always 0 (rollouts are sampled in train mode)."""
+
+    r: int = Field(gt=0)
+    alpha: int = Field(gt=0)
+    target_modules: list[str] = Field(min_length=1)
+
+
+class ModelBlock(Block):
+    """Which model is trained, and how it is held in memory."""
+
+    name: str
+    adapter: str | None = None
+    backend: Literal["auto", "unsloth", "hf"] = "auto"
+    load_in_4bit: bool
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    max_length: int = Field(gt=0)
+    lora: LoraBlock
+
+
+class SFTData(Block):
+    """Files of the SFT stage."""
+
+    train: str
+    dev: str
+
+
+class SFTTraining(Block):
+    """How the SFT stage trains. Dev loss is measured every ``eval_steps``; training stops when it has not
+    fallen for ``patience`` measurements, and the best adapter is kept."""
+
+    output: str
+    seed: int
+    epochs: float = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    batch_size: int = Field(gt=0)
+    gradient_accumulation_steps: int = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    optim: str
+    gradient_checkpointing: bool
+    eval_steps: int = Field(gt=0)
+    patience: int = Field(gt=0)
+    logging_steps: int = Field(gt=0)
+
+
+class GRPOData(Block):
+    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``)."""
+
+    train: str
+    rewards: dict[str, float] = Field(min_length=1)
+
+
+class GRPOTraining(Block):
+    """How the GRPO stage trains."""
+
+    output: str
+    seed: int
+    max_steps: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    batch_size: int = Field(gt=0)
+    gradient_accumulation_steps: int = Field(gt=0)
+    num_generations: int = Field(ge=2)
+    num_iterations: int = Field(gt=0)
+    max_completion_length: int = Field(gt=0)
+    temperature: float = Field(gt=0)
+    beta: float = Field(ge=0)
+    epsilon: float = Field(gt=0)
+    epsilon_high: float = Field(gt=0)
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+    scale_rewards: Literal["group", "batch", "none"]
+    mask_truncated_completions: bool
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    optim: str
+    gradient_checkpointing: bool
+    logging_steps: int = Field(gt=0)
+    save_steps: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "GRPOTraining":
+        rollouts = self.batch_size * self.gradient_accumulation_steps
+        if rollouts % self.num_generations:
+            raise ValueError(
+                f"batch_size × gradient_accumulation_steps = {rollouts} completions a step is not a multiple "
+                f"of num_generations = {self.num_generations}"
+            )
+        return self
+
+
+class SFTRecipe(Block):
+    """``recipes/sft.py``."""
+
+    model: ModelBlock
+    data: SFTData
+    training: SFTTraining
+
+
+class GRPORecipe(Block):
+    """``recipes/grpo.py``."""
+
+    model: ModelBlock
+    data: GRPOData
+    training: GRPOTraining
+
+    @model_validator(mode="after")
+    def _known_rewards(self) -> "GRPORecipe":
+        from malpyeong.rewards import REWARDS
+
+        for name in self.data.rewards:
+            if name not in REWARDS:
+                raise ValueError(f"data.rewards.{name}: unknown reward{_hint(name, REWARDS)}")
+        return self
+
+
+Recipe = TypeVar("Recipe", bound=Block)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str], kind: type[Recipe]) -> Recipe:
+    """Read a recipe file and apply overrides such as ``training.learning_rate=1e-4``.
+
+    Raises:
+        InputError: the file is not YAML, a key is unknown (the nearest known one is named), a value is missing
+            or out of range.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); name a recipe such as recipes/tiny/sft.yaml"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no blocks; expected {', '.join(kind.model_fields)}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_explain(error, kind)}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise InputError(f'"{override}": write an override as block.key=value, like training.seed=1')
+    *blocks, key = name.split(".")
+    for block in blocks:
+        values = values.setdefault(block, {})
+        if not isinstance(values, dict):
+            raise InputError(f'"{override}": "{block}" is not a block')
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f'"{override}": the value is not YAML; put it in quotes') from None
+    values[key] = _number(value)
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401 -- a YAML value
+    """YAML 1.1 reads 1e-4 as text; so does nobody else."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError, kind: type[Block]) -> str:
+    problem = error.errors()[0]
+    place = [str(part) for part in problem["loc"]]
+    name = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: unknown key{_hint(place[-1], _fields_at(kind, place[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{name}: is missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message
+
+
+def _fields_at(kind: type[Block], place: Sequence[str]) -> list[str]:
+    for part in place:
+        annotation = kind.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, Block)):
+            return []
+        kind = annotation
+    return list(kind.model_fields)
+
+
+def _hint(name: str, known: Any) -> str:  # noqa: ANN401 -- any iterable of names
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(known)}"

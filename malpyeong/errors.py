@@ -1,0 +1,16 @@
+"""The one error that a user's mistake ends in."""
+
+import click
+
+
+class InputError(click.ClickException):
+    """Something in the user's files, configuration or environment is wrong.
+
+    The message is one line: what is wrong, where (file, record id), and what to do. On the command line it
+    is printed without a traceback and the process exits with code 2.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))

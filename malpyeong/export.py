@@ -1,0 +1,187 @@
+"""Merge a LoRA adapter into its base model: ``python -m malpyeong.export ADAPTER -o FOLDER``.
+
+The adapter is merged onto 16- or 32-bit weights, never onto 4-bit ones: there the small change is lost when the
+sum is quantised again. The merged folder is loaded back and must give the logits and the greedy answers of the
+adapter model; else nothing is written.
+"""
+
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from malpyeong.errors import InputError
+from malpyeong.files import digest, new_folder, write_text
+from malpyeong.records import Record, load_records
+from malpyeong.samples import DATA
+
+# Largest logit difference that counts as the same model: float32 sums in another order; 16-bit weights are
+# rounded once more by merging, so there the greedy answers decide alone.
+TOLERANCE = {"float32": 1e-4}
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How the merged model compares with the adapter model.
+
+    Attributes:
+        max_logit_diff: largest absolute difference over all positions of the checked prompts.
+        same_answers: whether every greedy answer is the same.
+        records: how many prompts were checked.
+        dtype: number format of the merged weights.
+    """
+
+    max_logit_diff: float
+    same_answers: bool
+    records: int
+    dtype: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the merged model may be used in the adapter model's place."""
+        return self.same_answers and self.max_logit_diff <= TOLERANCE.get(self.dtype, float("inf"))
+
+
+def export(
+    adapter: Path,
+    output: Path,
+    base: str | None = None,
+    dtype: str | None = None,
+    dequantised: bool = False,
+    check: Sequence[Record] = (),
+    max_new_tokens: int = 320,
+) -> Parity:
+    """Merge ``adapter`` into its base and write a model folder, whole or not at all.
+
+    Args:
+        adapter: folder of the LoRA adapter.
+        output: folder to write; must not exist.
+        base: the base model, if it is not where the adapter says.
+        dtype: number format of the merged weights; the base's own if None.
+        dequantised: merge onto the base as 4-bit training saw it (NF4 and back), not onto its original weights.
+        check: records whose prompts are compared before and after.
+        max_new_tokens: length limit of the compared answers.
+
+    Raises:
+        InputError: the adapter or its base cannot be loaded, or ``output`` exists.
+        click.ClickException: the merged model differs from the adapter model; nothing is written.
+    """
+    import torch
+    from peft import PeftModel
+
+    from malpyeong.model import base_of_adapter, load_base, load_for_prediction, load_tokenizer
+
+    base = base or base_of_adapter(adapter)
+    tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer_config.json").exists() else base)
+    chosen = getattr(torch, dtype) if dtype else _weights_dtype(base)
+    model: Any = load_base(base, chosen, load_in_4bit=dequantised)
+    if dequantised:
+        model = model.dequantize(dtype=chosen)
+    elif getattr(model, "quantization_method", None):
+        raise InputError(
+            f"{base}: is a quantised model, onto which an adapter must not be merged; name its 16-bit original "
+            "with --base, or use --dequantised"
+        )
+    model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    with new_folder(output) as folder:
+        before = _behaviour(model, tokenizer, check, max_new_tokens)
+        merged = model.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model, merged
+        gc.collect()
+        reloaded, tokenizer = load_for_prediction(str(folder), dtype=str(chosen).removeprefix("torch."))
+        after = _behaviour(reloaded, tokenizer, check, max_new_tokens)
+        parity = Parity(
+            max_logit_diff=max(
+                (float((a - b).abs().max()) for a, b in zip(before[0], after[0], strict=True)), default=0.0
+            ),
+            same_answers=before[1] == after[1],
+            records=len(check),
+            dtype=str(chosen).removeprefix("torch."),
+        )
+        if not parity.ok:
+            raise click.ClickException(
+                f"{output}: not written; the merged model differs from the adapter model (largest logit difference "
+                f"{parity.max_logit_diff:.2g}, same answers: {parity.same_answers})"
+            )
+        made_of = {
+            "base": base,
+            "adapter_sha256": digest(adapter / "adapter_model.safetensors"),
+            **asdict(parity),
+        }
+        write_text(folder / "export.json", json.dumps(made_of, ensure_ascii=False, indent=2) + "\n")
+    return parity
+
+
+def _behaviour(
+    model: Any,  # noqa: ANN401 -- a transformers or PEFT model
+    tokenizer: Any,  # noqa: ANN401 -- a transformers tokenizer
+    records: Sequence[Record],
+    max_new_tokens: int,
+) -> tuple[list[Any], dict[int, str]]:
+    """Return the logits over each prompt and the greedy answers."""
+    import torch
+
+    from malpyeong.predict import predict
+    from malpyeong.prompts import build_messages, prompt_ids
+
+    logits = []
+    for record in records:
+        ids = torch.tensor([prompt_ids(tokenizer, build_messages(record))], device=model.device)
+        with torch.inference_mode():
+            logits.append(model(input_ids=ids).logits.float().cpu())
+    return logits, dict(predict(model, tokenizer, records, max_new_tokens=max_new_tokens))
+
+
+def _weights_dtype(base: str) -> Any:  # noqa: ANN401 -- torch.dtype
+    """Return the number format of a base model's weights."""
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        dtype = AutoConfig.from_pretrained(base).dtype
+    except OSError:
+        raise InputError(
+            f"{base}: the adapter's base model is not here; name its folder or hub id with --base"
+        ) from None
+    return dtype or torch.float32
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--base", help="Base model, if it is not where the adapter says.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[default: the base's]")
+@click.option("--dequantised", is_flag=True, help="Merge onto the base as 4-bit training saw it.")
+@click.option(
+    "--check",
+    type=click.Path(path_type=Path),
+    default=DATA / "test_questions.json",
+    help="Questions to compare on.",
+)
+@click.option("--check-records", default=8, show_default=True, type=click.IntRange(min=1))
+def main(
+    adapter: Path,
+    output: Path,
+    base: str | None,
+    dtype: str | None,
+    dequantised: bool,
+    check: Path,
+    check_records: int,
+) -> None:
+    """Merge ADAPTER into its base model and write the model folder, checked."""
+    records = load_records(check)[:check_records]
+    parity = export(adapter, output, base, dtype, dequantised, records)
+    click.echo(
+        f"{output}: merged in {parity.dtype}; over {parity.records} prompts the largest logit difference is "
+        f"{parity.max_logit_diff:.2g}, greedy answers are the same"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Load a model for training or for prediction: one place for both backends and for 4-bit weights.
+
+Training: Unsloth where a GPU that it supports and the package are present, else transformers + PEFT. 4-bit NF4
+(QLoRA) works on both, on a CPU too.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from malpyeong.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from malpyeong.config import ModelBlock
+
+
+def choose_backend(model: "ModelBlock") -> str:
+    """Return ``unsloth`` or ``hf`` for this machine and configuration.
+
+    Raises:
+        InputError: Unsloth is asked for where it is not installed or there is no GPU.
+    """
+    import torch
+
+    usable = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
+    if model.backend == "unsloth" and not usable:
+        raise InputError(
+            'model.backend is unsloth, which needs a CUDA GPU and the package; run pip install "malpyeong[gpu]" '
+            "on a GPU machine, or set model.backend=hf"
+        )
+    return "unsloth" if usable and model.backend != "hf" else "hf"
+
+
+def pick_dtype(name: str) -> "torch.dtype":
+    """Turn ``auto`` into bfloat16 where the GPU has it, float16 on other GPUs (T4), float32 on a CPU."""
+    import torch
+
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_for_training(model: "ModelBlock", seed: int, gradient_checkpointing: bool) -> tuple[Any, Any]:
+    """Load base weights and a LoRA adapter that can be trained.
+
+    The adapter is ``model.adapter`` where one is named (GRPO goes on from SFT's), else a new one, drawn after
+    ``seed`` is set.
+
+    Returns:
+        (PeftModel, tokenizer), the tokenizer with a pad token that differs from its eos token.
+    """
+    from transformers import set_seed
+
+    check_adapter(model.adapter)
+    set_seed(seed)
+    if choose_backend(model) == "unsloth":
+        return _load_unsloth(model, seed, gradient_checkpointing)
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    tokenizer = load_tokenizer(model.name)
+    base: Any = load_base(model.name, pick_dtype(model.dtype), load_in_4bit=model.load_in_4bit)
+    if model.load_in_4bit:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=gradient_checkpointing)
+    elif gradient_checkpointing:
+        base.enable_input_require_grads()
+    if model.adapter:
+        peft_model = PeftModel.from_pretrained(base, model.adapter, is_trainable=True)
+    else:
+        config = LoraConfig(
+            r=model.lora.r,
+            lora_alpha=model.lora.alpha,
+            lora_dropout=0.0,
+            target_modules=list(model.lora.target_modules),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        peft_model = get_peft_model(base, config)
+    return peft_model, tokenizer
+
+
+def load_for_prediction(
+    name: str, adapter: str | None = None, dtype: str = "auto", load_in_4bit: bool = False
+) -> tuple[Any, Any]:
+    """Load a model, with an adapter on it if one is named, in eval mode; on the GPU if there is one.
+
+    Returns:
+        (model, tokenizer), the tokenizer padding on the left.
+    """
+    import torch
+
+    check_adapter(adapter)
+    tokenizer = load_tokenizer(name)
+    model: Any = load_base(name, pick_dtype(dtype), load_in_4bit=load_in_4bit)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    if torch.cuda.is_available() and not load_in_4bit:
+        model = model.to("cuda")
+    return model.eval(), tokenizer
+
+
+def load_base(name: str, dtype: "torch.dtype", load_in_4bit: bool = False) -> "PreTrainedModel":
+    """Load causal-LM weights from a folder or the hub, 4-bit NF4 with double quantisation if asked.
+
+    Raises:
+        InputError: there is no such folder and the hub does not have it or cannot be reached.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": dtype}
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+    except OSError as error:
+        raise _not_found(name, error) from None
+    keep_cpu_4bit_weights_differentiable(model)
+    return model
+
+
+def keep_cpu_4bit_weights_differentiable(model: Any) -> None:  # noqa: ANN401 -- any torch module
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with avx512_bf16.
+
+    On such a CPU the first no-grad forward in eval mode (an evaluation, a ``generate``) repacks the weights for
+    a faster kernel; afterwards the loss is right but gradients are silently wrong. The test suite compares
+    gradients with those of a dequantised copy after an evaluation.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer that pads on the left and whose pad token is not its eos token.
+
+    Raises:
+        InputError: not found, no chat template, no eos token, or no token to pad with.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from None
+    if not tokenizer.chat_template:
+        raise InputError(f"{name}: the tokenizer has no chat template; use the instruct version of the model")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: the tokenizer has no eos token; generation would never stop")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = next((token for token in ("<|endoftext|>", "<|pad|>", "<pad>") if _is_spare(tokenizer, token)), None)
+        if spare is None:
+            raise InputError(
+                f"{name}: pad and eos are the same token and no spare one is known; training would unlearn to "
+                "stop. Add a pad token to the tokenizer and save it"
+            )
+        tokenizer.pad_token = spare
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def check_adapter(adapter: str | Path | None) -> None:
+    """Make sure that a named adapter folder holds an adapter.
+
+    Raises:
+        InputError: it does not.
+    """
+    if adapter is None:
+        return
+    config = Path(adapter) / "adapter_config.json"
+    if not config.is_file():
+        raise InputError(f"{adapter}: holds no adapter (adapter_config.json); train it first, e.g. with recipes/sft.py")
+    if not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise InputError(f"{adapter}: has no adapter_model.safetensors; was its training cut off?")
+
+
+def base_of_adapter(adapter: str | Path) -> str:
+    """Return the base model's name that an adapter was trained on."""
+    check_adapter(adapter)
+    name = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+    return str(name)
+
+
+def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool) -> tuple[Any, Any]:
+    from unsloth import FastLanguageModel
+
+    loaded, _ = FastLanguageModel.from_pretrained(
+        model_name=model.adapter or model.name,
+        max_seq_length=model.max_length,
+        dtype=pick_dtype(model.dtype),
+        load_in_4bit=model.load_in_4bit,
+        fast_inference=False,
+    )
+    if model.adapter is None:
+        loaded = FastLanguageModel.get_peft_model(
+            loaded,
+            r=model.lora.r,
+            lora_alpha=model.lora.alpha,
+            lora_dropout=0,
+            bias="none",
+            target_modules=list(model.lora.target_modules),
+            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+            random_state=seed,
+            max_seq_length=model.max_length,
+        )
+    return loaded, load_tokenizer(model.name)
+
+
+def _is_spare(tokenizer: "PreTrainedTokenizerBase", token: str) -> bool:
+    return token in tokenizer.get_vocab() and token not in (tokenizer.unk_token, tokenizer.eos_token)
+
+
+def _not_found(name: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(
+        f"{name}: cannot be loaded as a model ({reason[:200]}); give a folder with config.json and weights, or a "
+        "hub id while online"
+    )

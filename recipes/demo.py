@@ -1,0 +1,141 @@
+"""The whole way with the tiny model: base → SFT → GRPO → merge → prediction → submission.
+
+    make demo            (or: python recipes/demo.py --seed 1 -o runs/demo-1)
+
+Every step is a command that is printed before it runs, the very one that you would type; the last lines are a
+table and ``summary.json``. A second start goes on where the first one stopped.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from malpyeong.answer import contest_split
+from malpyeong.curves import plot
+from malpyeong.evaluate import evaluate
+from malpyeong.files import write_text
+from malpyeong.records import load_records
+from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.scoring.report import RecordScore, summarise
+from malpyeong.submit import is_split
+
+RECIPES = Path(__file__).parent
+SPLITS = ("test", "unseen")
+STAGES = {"base": "base", "sft": "SFT", "grpo": "SFT+GRPO"}
+
+
+def run(*command: str | Path) -> None:
+    """Print a command and run it with this Python; end with its exit code if it fails."""
+    words = [str(word) for word in command]
+    click.secho(f"\n$ python {shlex.join(words)}", bold=True)
+    result = subprocess.run([sys.executable, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if result.returncode:
+        raise SystemExit(result.returncode)
+
+
+def train(stage: str, output: Path, *overrides: str) -> Path:
+    """Run a recipe, or go on with it, unless its adapter is there; return the adapter."""
+    adapter = output / "adapter"
+    if not adapter.exists():
+        recipe = [RECIPES / f"{stage}.py", RECIPES / "tiny" / f"{stage}.yaml"]
+        run(*recipe, f"training.output={output}", *overrides, "--resume", "auto")
+    return adapter
+
+
+def predict(model: Path, output: Path, *options: str | Path) -> None:
+    """Answer test and unseen questions."""
+    for split in SPLITS:
+        prediction = output / f"{split}.json"
+        if not prediction.exists():
+            questions = DATA / f"{split}_questions.json"
+            run("-m", "malpyeong.predict", model, questions, "-o", prediction, "--batch-size", "64", *options)
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Return a stage's line of the summary."""
+    scores: dict[str, list[RecordScore]] = {
+        split: evaluate(DATA / f"{split}.json", folder / f"{split}.json") for split in SPLITS
+    }
+    test, unseen = (summarise(scores[split]) for split in SPLITS)
+    return {
+        "exact_match": test["exact_match"],
+        "rouge_1": test["rouge_1"],
+        "format_rate": test["format_rate"],
+        "reason_median_chars": median(len(contest_split(score.prediction)[1]) for score in scores["test"]),
+        "unseen_exact_match": unseen["exact_match"],
+    }
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(output: Path, seed: int) -> None:
+    """Run the demo and write OUTPUT/summary.json."""
+    start = time.perf_counter()
+    seeded = f"training.seed={seed}"
+    predict(TINY_BASE, output / "predictions" / "base", "--max-new-tokens", "256")
+    sft = train("sft", output / "sft", seeded)
+    predict(TINY_BASE, output / "predictions" / "sft", "--adapter", sft, "--max-new-tokens", "256")
+    grpo = train("grpo", output / "grpo", seeded, f"model.adapter={sft}")
+    merged = output / "merged"
+    if not merged.exists():
+        run("-m", "malpyeong.export", grpo, "-o", merged, "--dtype", "float32")
+    predict(merged, output / "predictions" / "grpo", "--max-new-tokens", "256")
+    submission = output / "submission.json"
+    questions, prediction = DATA / "test_questions.json", output / "predictions" / "grpo" / "test.json"
+    run("-m", "malpyeong.submit", questions, prediction, "-o", submission)
+    for stage in ("sft", "grpo"):
+        plot(output / stage, output / f"{stage}.png")
+
+    stages = {stage: measure(output / "predictions" / stage) for stage in STAGES}
+    parity = json.loads((merged / "export.json").read_text("utf-8"))
+    submitted = load_records(submission, answers="prediction")
+    summary: dict[str, Any] = {
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start, 1),
+        "stages": stages,
+        "merge": {key: parity[key] for key in ("max_logit_diff", "same_answers")},
+        "submission": {
+            "records": len(submitted),
+            "valid": all(map(is_split, submitted)),
+        },
+    }
+    write_text(output / "summary.json", json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+    show(output, summary)
+
+
+def show(output: Path, summary: dict[str, Any]) -> None:
+    """Print the table of the stages."""
+    gold = [contest_split(record.answer or "")[1] for record in load_records(DATA / "test.json", answers="gold")]
+    table = Table(title=f"sample test split, tiny model, seed {summary['seed']}")
+    columns = ("exact_match", "rouge_1", "format_rate", "reason_median_chars", "unseen_exact_match")
+    for name in ("stage", *columns):
+        table.add_column(name.replace("_", " "), justify="left" if name == "stage" else "right")
+    for stage, values in summary["stages"].items():
+        cells = (f"{values[name]:.0f}" if name == "reason_median_chars" else f"{values[name]:.3f}" for name in columns)
+        table.add_row(STAGES[stage], *cells)
+    console = Console()
+    console.print(table)
+    merge, submission = summary["merge"], summary["submission"]
+    console.print(f"gold reasons: median {median(map(len, gold)):.0f} characters")
+    console.print(
+        f"merge: largest logit difference {merge['max_logit_diff']:.1e}, same answers: {merge['same_answers']}"
+    )
+    console.print(f"submission: {submission['records']} records, valid: {submission['valid']}")
+    console.print(
+        f"{summary['seconds']:.0f} s; {output}/ holds summary.json, sft.png, grpo.png, merged/, submission.json"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""GRPO on the contest's own metrics, going on from an SFT adapter.
+
+    python recipes/grpo.py recipes/tiny/grpo.yaml
+    python recipes/grpo.py recipes/qwen/grpo.yaml data.train=train.json model.adapter=runs/qwen-sft/adapter
+
+For each prompt ``num_generations`` answers are sampled and scored by the rewards of ``data.rewards`` (a weight
+each); an answer's advantage is its weighted reward less its group's mean. Where this departs from the paper
+(Shao et al. 2024, DeepSeekMath): ``loss_type`` dapo weighs tokens alike over the batch, ``epsilon_high`` clips
+upwards later than downwards, and ``beta`` 0 needs no reference model.
+
+- Rewards are the scorers that the leaderboard uses, cut by the contest's literal split (``malpyeong/rewards.py``).
+- Prompts that do not fit ``model.max_length`` with a whole completion are an error, never cut.
+- ``--resume auto`` goes on from the last complete checkpoint to the same result as an uninterrupted run.
+
+Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
+"""
+
+import os
+
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+
+from pathlib import Path
+
+import click
+
+from malpyeong.config import GRPORecipe, load_recipe
+from malpyeong.model import choose_backend, load_for_training
+from malpyeong.prompts import TEMPLATE_OPTIONS
+from malpyeong.records import load_records
+from malpyeong.rewards import REWARDS
+from malpyeong.runs import assert_arguments, finish_run, start_run
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
+def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+    """Train a LoRA adapter by GRPO, as RECIPE says."""
+    recipe = load_recipe(recipe_file, overrides, GRPORecipe)
+    model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
+    records = load_records(recipe.data.train, answers="gold")
+    output = Path(training.output)
+    checkpoint = start_run(output, recipe, [recipe.data.train], resume == "auto")
+
+    if choose_backend(model_block) == "unsloth":
+        import unsloth  # noqa: F401 -- must come before trl, transformers and peft
+    from trl import GRPOConfig, GRPOTrainer
+
+    from malpyeong.training import grpo_dataset, precision
+
+    model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
+    dataset = grpo_dataset(tokenizer, records, model_block.max_length, training.max_completion_length)
+
+    # Every argument that matters is stated, and asserted below: Unsloth's trainers have other defaults.
+    stated = {
+        "output_dir": str(output),
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "max_steps": training.max_steps,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": training.warmup_steps,
+        "per_device_train_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "steps_per_generation": training.gradient_accumulation_steps,
+        "num_generations": training.num_generations,
+        "num_iterations": training.num_iterations,
+        "max_completion_length": training.max_completion_length,
+        "temperature": training.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "beta": training.beta,
+        "epsilon": training.epsilon,
+        "epsilon_high": training.epsilon_high,
+        "loss_type": training.loss_type,
+        "importance_sampling_level": "token",
+        "scale_rewards": training.scale_rewards,
+        "multi_objective_aggregation": "sum_then_normalize",
+        "reward_weights": list(weights.values()),
+        "mask_truncated_completions": training.mask_truncated_completions,
+        "shuffle_dataset": True,
+        "disable_dropout": True,
+        "use_vllm": False,
+        "chat_template_kwargs": TEMPLATE_OPTIONS,
+        "remove_unused_columns": False,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": training.optim,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "save_strategy": "steps",
+        "save_steps": training.save_steps,
+        "save_total_limit": 1,
+        "logging_steps": training.logging_steps,
+        "log_completions": False,
+        "report_to": [],
+        **precision(model_block.dtype),
+    }
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=[REWARDS[name] for name in weights],
+        args=GRPOConfig(**stated),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    assert_arguments(trainer.args, stated)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finish_run(output, trainer.model, tokenizer, trainer.state.log_history)
+    click.echo(f"{output / 'adapter'}: {trainer.state.global_step} steps")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Supervised fine-tuning of a LoRA adapter on the contest's answers.
+
+    python recipes/sft.py recipes/tiny/sft.yaml
+    python recipes/sft.py recipes/qwen/sft.yaml data.train=train.json data.dev=dev.json
+
+What it does:
+- QLoRA (NF4) or 16/32-bit LoRA, through Unsloth on a GPU and transformers + PEFT elsewhere.
+- The loss is on the answer alone. Prompts are rendered by the same function as in prediction and tokenized
+  here, so no template can differ between the two; a record that does not fit is an error, never cut.
+- Dev loss is measured every ``eval_steps``; training stops when it no longer falls and keeps the best adapter.
+- ``--resume auto`` goes on from the last complete checkpoint to the same result as an uninterrupted run.
+
+Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
+"""
+
+import os
+
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+
+from pathlib import Path
+
+import click
+
+from malpyeong.config import SFTRecipe, load_recipe
+from malpyeong.model import choose_backend, load_for_training
+from malpyeong.records import load_records
+from malpyeong.runs import assert_arguments, finish_run, start_run
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
+def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+    """Train a LoRA adapter by SFT, as RECIPE says."""
+    recipe = load_recipe(recipe_file, overrides, SFTRecipe)
+    model_block, training = recipe.model, recipe.training
+    splits = {name: load_records(getattr(recipe.data, name), answers="gold") for name in ("train", "dev")}
+    output = Path(training.output)
+    checkpoint = start_run(output, recipe, [recipe.data.train, recipe.data.dev], resume == "auto")
+
+    if choose_backend(model_block) == "unsloth":
+        import unsloth  # noqa: F401 -- must come before trl, transformers and peft
+    from transformers import EarlyStoppingCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from malpyeong.training import precision, sft_dataset
+
+    model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
+    datasets = {name: sft_dataset(tokenizer, records, model_block.max_length) for name, records in splits.items()}
+
+    # Every argument that matters is stated, and asserted below: Unsloth's trainers have other defaults.
+    stated = {
+        "output_dir": str(output),
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "num_train_epochs": training.epochs,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": training.warmup_steps,
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": training.optim,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "max_length": None,  # lengths are checked in sft_dataset; TRL would cut silently
+        "packing": False,
+        "completion_only_loss": True,
+        "eval_strategy": "steps",
+        "eval_steps": training.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": training.eval_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "logging_steps": training.logging_steps,
+        "report_to": [],
+        **precision(model_block.dtype),
+    }
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**stated),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["dev"],
+        processing_class=tokenizer,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience)],
+    )
+    assert_arguments(trainer.args, stated)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finish_run(output, trainer.model, tokenizer, trainer.state.log_history)
+    best = trainer.state.best_metric
+    click.echo(f"{output / 'adapter'}: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
+
+
+if __name__ == "__main__":
+    main()
