@@ -25,8 +25,6 @@ _MARKER = re.compile(
 )
 _BARE_MARKER = re.compile(r"(?P<particle>[가이])\s+옳다")
 _JOINER = re.compile(rf"[{_CLOSE}]\s*(?P<word>혹은|또는)\s*[{_OPEN}]")
-_THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
-_FENCE = re.compile(r"\A\s*```[^\n`]*\n(?P<body>.*?)(?:\n?```\s*)?\Z", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?。…](?:[\"'”’)\]」』])*\Z")
 
 _DIGITS_WITH_FINAL_CONSONANT = frozenset("013678")  # 영 일 삼 육 칠 팔
@@ -107,7 +105,7 @@ def write_answer(sentences: str | tuple[str, ...], reason: str, joiner: str = "�
     quoted = f" {joiner} ".join(f'"{sentence}"' for sentence in sentences)
     text = f"{quoted}{subject_particle(sentences[-1]) if sentences else ''} 옳다. {reason}"
     found = parse_answer(text)
-    if not sentences or not reason or (found.sentences, found.reason) != (sentences, reason):
+    if not all((*sentences, reason)) or (found.sentences, found.reason) != (sentences, reason):
         raise ValueError(f"not an answer that reads back as it was written: {text!r}")
     return text
 
@@ -118,7 +116,7 @@ def parse_answer(text: str) -> Answer:
     Never raises; a text without any verdict gives an :class:`Answer` with ``complete=False``.
     """
     text = _unwrap(text)
-    marker = _MARKER.search(text)
+    marker = _MARKER.search(text, 1)  # a quote at the very start opens, it does not close
     if marker is None:
         return _parse_without_quote(text)
     quoted = text[: marker.start()]
@@ -160,10 +158,10 @@ def format_problem(text: str) -> str | None:
         return 'verdict is not written exactly as `"가 옳다. ` with a reason after it'
     if head[1:].strip() != head[1:]:
         return "space inside the quotes"
+    if not reason.strip("., "):
+        return "no reason"
     if contest_split(text) != (f'{head}"{answer.particle} 옳다', reason.strip().lstrip("., ")):
         return "the contest's split falls elsewhere (a second 가 옳다 / 이 옳다)"
-    if not reason.strip():
-        return "no reason"
     if not _SENTENCE_END.search(reason):
         return "reason is cut off (does not end in a period)"
     return None
@@ -171,13 +169,19 @@ def format_problem(text: str) -> str | None:
 
 def _unwrap(text: str) -> str:
     """Drop thinking and a code fence around the answer."""
-    text = _THINK.sub("", text)
-    if "</think>" in text:  # the opening tag was part of the prompt
-        text = text.rpartition("</think>")[2]
-    if "<think>" in text:  # cut off while thinking: nothing after it is an answer
-        text = text.partition("<think>")[0]
-    fence = _FENCE.match(text)
-    return (fence["body"] if fence else text).strip()
+    kept, rest = "", text
+    while True:
+        before, opened, after = rest.partition("<think>")
+        kept += before
+        if not opened:
+            break
+        _, closed, rest = after.partition("</think>")
+        if not closed:  # cut off while thinking: nothing after it is an answer
+            break
+    text = kept.rpartition("</think>")[2].strip()  # the opening tag may have been part of the prompt
+    if text.startswith("```"):
+        text = text.partition("\n")[2].rstrip().removesuffix("```")
+    return text.strip()
 
 
 def _opening(text: str, close: str) -> int:

@@ -150,6 +150,8 @@ def _read_text(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise InputError(f"{path}: ends in the middle of a character; is the file cut off?") from None
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: line {line} is not UTF-8 (CP949/EUC-KR perhaps); save the file as UTF-8") from None
     if not text.strip():

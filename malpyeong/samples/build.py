@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -94,7 +95,14 @@ def split_frames() -> list[tuple[Item, str, str]]:
                 (item, held_out_split if index == held_out else "train", frame)
                 for index, frame in enumerate(item.sentences)
             ]
-    return frames
+    # A sentence that two items share must not be asked in training about one and held out for the other.
+    trained = {frame for _, split, frame in frames if split == "train"}
+    tested = {frame for _, split, frame in frames if split == "test"}
+    return [
+        (item, split, frame)
+        for item, split, frame in frames
+        if split == "train" or (frame not in trained and (split == "test" or frame not in tested))
+    ]
 
 
 def _add(split: list[Labelled], seen: set[str], records: Iterator[Record], item: str, rule: str) -> None:
@@ -156,13 +164,17 @@ def conclusion(item: Item, sentence: str, rng: random.Random) -> str:
             return conclusion
 
 
-def _special_record(special: dict[str, str | list[str]], words: dict[str, str]) -> Record:
-    before, after, kind = special["before"], special["after"], special["type"]
-    lines = [fill(line, words) for line in ([before] if isinstance(before, str) else before)]
+def _special_record(special: dict[str, Any], words: dict[str, str]) -> Record:
+    after = special["after"]
     right = tuple(fill(line, words) for line in ([after] if isinstance(after, str) else after))
-    question = "\n".join([str(special["ask"]), *(f'"{line}"' for line in lines)])
-    answer = write_answer(right, str(special["reason"]), str(special.get("joiner", "혹은")))
-    return Record("", str(kind), question, answer)
+    if "choice" in special:
+        question = f'"{fill(special["choice"], words)}" {CHOOSE}'
+    else:
+        before = special["before"]
+        lines = [fill(line, words) for line in ([before] if isinstance(before, str) else before)]
+        question = "\n".join([special["ask"], *(f'"{line}"' for line in lines)])
+    answer = write_answer(right, special["reason"], special.get("joiner", "혹은"))
+    return Record("", special["type"], question, answer)
 
 
 def write_splits(folder: Path) -> None:

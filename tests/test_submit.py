@@ -1,0 +1,64 @@
+"""The submission: filled into the question file, checked, and never in the place of an input."""
+
+import json
+
+import pytest
+
+from malpyeong.records import Record
+from malpyeong.submit import problems
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ('"가게에 갔다."가 옳다. 이유다.', None),
+        ("", "empty"),
+        ("모르겠다.", "takes the whole text"),
+        ('"가."가 옳다.', "no reason"),
+        ("“가.”가 옳다. 이유다.", "curly quotes"),
+        ('"\u1100\u1161."가 옳다. 이유다.', "damaged jamo"),
+        ('"\ufffd."가 옳다. 이유다.', "replacement character"),
+        ('정답: "가."가 옳다. 이유다.', "text before"),
+    ],
+)
+def test_problems(answer, problem):
+    found = problems(Record("1", "선택형", "질문", answer))
+    assert found == [] if problem is None else any(problem in text for text in found)
+
+
+def test_marks_that_the_question_asks_about_are_no_problem():
+    asked = Record("1", "교정형", "“ ”와 옛글 \u1112\u119e\u11ab", '"“ ”와 옛글 \u1112\u119e\u11ab"이 옳다. 이유다.')
+    assert not any("curly" in text or "jamo" in text for text in problems(asked))
+
+
+def test_submission_is_the_test_file_with_answers(contest_file, run_module, tmp_path):
+    test = contest_file("test.json", {"3": None, "1": None})
+    prediction = contest_file("pred.json", {"3": '"가."가 옳다. 이유다.', "1": "모르겠다."})
+    output = tmp_path / "제출 파일.json"
+    result = run_module("-m", "malpyeong.submit", test, prediction, "-o", output)
+    assert result.returncode == 0, result.stderr
+    assert 'id "1"' in result.stderr
+    assert "2 records, 1 without problems, 1 with" in result.stdout
+    written = json.loads(output.read_text("utf-8"))
+    assert [item.pop("output") for item in written] == [{"answer": '"가."가 옳다. 이유다.'}, {"answer": "모르겠다."}]
+    assert written == json.loads(test.read_text("utf-8"))
+
+
+def test_strict_writes_nothing_if_an_answer_has_a_problem(contest_file, run_module, tmp_path):
+    test, prediction = contest_file("test.json", {"1": None}), contest_file("pred.json", {"1": "모르겠다."})
+    result = run_module("-m", "malpyeong.submit", test, prediction, "-o", tmp_path / "out.json", "--strict")
+    assert result.returncode == 2
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("victim", ["test.json", "pred.json"])
+def test_an_input_is_never_overwritten(victim, contest_file, run_module, tmp_path):
+    contest_file("test.json", {"1": None})
+    contest_file("pred.json", {"1": '"가."가 옳다. 이유다.'})
+    before = (tmp_path / victim).read_bytes()
+    result = run_module(
+        "-m", "malpyeong.submit", tmp_path / "test.json", tmp_path / "pred.json", "-o", tmp_path / victim
+    )
+    assert result.returncode == 2
+    assert "overwrite" in result.stderr
+    assert (tmp_path / victim).read_bytes() == before
