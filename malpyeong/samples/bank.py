@@ -114,7 +114,7 @@ def _ends_in_rieul(word: str) -> bool:
 
 @cache
 def load_specials() -> list[dict[str, Any]]:
-    """Return the rare questions: id, rule, type, after, reason, and choice or ask and before; joiner where two are right."""
+    """Return the rare questions: id, rule, type, after, reason, choice or (ask, before), joiner of two answers."""
     specials: list[dict[str, Any]] = yaml.safe_load((BANK / "specials.yaml").read_text("utf-8"))
     return specials
 

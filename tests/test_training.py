@@ -1,0 +1,338 @@
+"""Real runs of the recipes with the tiny model: learning, resuming after a kill, 4-bit weights, merging."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from malpyeong.answer import contest_split
+from malpyeong.config import GRPORecipe, load_recipe
+from malpyeong.errors import InputError
+from malpyeong.export import export
+from malpyeong.model import load_base, load_for_prediction, load_for_training, load_tokenizer
+from malpyeong.predict import predict
+from malpyeong.prompts import TEMPLATE_OPTIONS, build_messages, prompt_ids
+from malpyeong.records import Record, load_records
+from malpyeong.runs import assert_arguments, last_checkpoint
+from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training import grpo_dataset, sft_dataset
+
+ROOT = Path(__file__).parent.parent
+TRAIN = load_records(DATA / "train.json", answers="gold")
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def weights(run):
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small training and dev file in a folder whose name has a space and Hangul."""
+    from malpyeong.records import write_records
+
+    folder = tmp_path_factory.mktemp("자료 폴더")
+    short = sorted(TRAIN, key=lambda record: len(record.question + record.answer))
+    write_records(folder / "train.jsonl", short[:192])
+    write_records(folder / "dev.json", short[192:200])
+    return folder
+
+
+def sft_command(data, output, *overrides):
+    files = (f"data.train={data / 'train.jsonl'}", f"data.dev={data / 'dev.json'}", f"training.output={output}")
+    size = ("training.batch_size=16", "training.eval_steps=8", "training.epochs=2")
+    return ("recipes/sft.py", "recipes/tiny/sft.yaml", *files, *size, *overrides)
+
+
+def grpo_command(data, output, adapter, *overrides):
+    files = (f"data.train={data / 'train.jsonl'}", f"model.adapter={adapter}", f"training.output={output}")
+    group = ("training.batch_size=16", "training.num_generations=4", "training.max_completion_length=160")
+    steps = ("training.max_steps=6", "training.save_steps=2")
+    return ("recipes/grpo.py", "recipes/tiny/grpo.yaml", *files, *group, *steps, *overrides)
+
+
+@pytest.fixture(scope="module")
+def sft_run(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "sft"
+    finish(start(*sft_command(data, run)))
+    return run
+
+
+@pytest.fixture(scope="module")
+def grpo_run(data, sft_run, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "grpo"
+    finish(start(*grpo_command(data, run, sft_run / "adapter")))
+    return run
+
+
+def test_sft_learns_and_leaves_a_complete_folder(sft_run):
+    log = json.loads((sft_run / "log.json").read_text("utf-8"))
+    dev = [row["eval_loss"] for row in log if "eval_loss" in row]
+    assert dev[-1] < dev[0]
+    environment = json.loads((sft_run / "environment.json").read_text("utf-8"))
+    assert environment["versions"]["trl"] == "1.14.2"
+    assert len(environment["data_sha256"]) == 2
+    assert "learning_rate: 0.002" in (sft_run / "config.yaml").read_text("utf-8")
+    assert any(tensor.abs().max() > 0 for name, tensor in weights(sft_run).items() if "lora_B" in name)
+
+
+def test_grpo_changes_the_adapter_and_logs_every_component(sft_run, grpo_run):
+    before, after = weights(sft_run), weights(grpo_run)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    steps = [row for row in json.loads((grpo_run / "log.json").read_text("utf-8")) if "reward" in row]
+    assert len(steps) == 6
+    for row in steps:
+        for name in ("format", "exact_match", "rouge_1"):
+            assert 0 <= row[f"rewards/{name}/mean"] <= 1
+    assert max(row["rewards/rouge_1/mean"] for row in steps) > 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_killed_run_goes_on_to_the_same_result(stage, data, sft_run, grpo_run, tmp_path):
+    run, whole = tmp_path / "끊긴 실행", {"sft": sft_run, "grpo": grpo_run}[stage]
+    command = sft_command(data, run) if stage == "sft" else grpo_command(data, run, sft_run / "adapter")
+    process = start(*command)
+    first = run / ("checkpoint-8" if stage == "sft" else "checkpoint-2")
+    while process.poll() is None and not (first / "trainer_state.json").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "adapter").exists()
+    # As if the kill had come in the middle of writing a later checkpoint.
+    (run / "checkpoint-9999").mkdir()
+    (run / "checkpoint-9999" / "trainer_state.json").write_text('{"global_st')
+
+    process = start(*command)
+    assert process.wait() == 2
+    assert "--resume auto" in process.stdout.read()
+
+    finish(start(*command, "--resume", "auto"))
+    resumed, uninterrupted = weights(run), weights(whole)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+    assert len(json.loads((run / "log.json").read_text("utf-8"))) == len(
+        json.loads((whole / "log.json").read_text("utf-8"))
+    )
+
+
+def test_resuming_with_another_recipe_is_refused(data, sft_run):
+    process = start(*sft_command(data, sft_run, "training.learning_rate=1e-5"), "--resume", "auto")
+    assert process.wait() == 2
+    assert "training.learning_rate" in process.stdout.read()
+
+
+def test_a_record_that_does_not_fit_is_an_error_that_names_it(data, tmp_path):
+    process = start(*sft_command(data, tmp_path / "run", "model.max_length=60"))
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert "do not fit model.max_length=60" in output
+    assert "Traceback" not in output
+
+
+def test_training_and_prediction_see_the_same_prompt(sft_run):
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    records = TRAIN[:4]
+    expected = [prompt_ids(tokenizer, build_messages(record)) for record in records]
+    for record, row, prompt in zip(records, sft_dataset(tokenizer, records, 768), expected, strict=True):
+        start_of_answer = row["completion_mask"].index(1)
+        assert row["input_ids"][:start_of_answer] == prompt
+        answer = row["input_ids"][start_of_answer:]
+        assert answer[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(answer[:-1]) == record.answer
+        assert set(row["completion_mask"][start_of_answer:]) == {1}
+    dataset = grpo_dataset(tokenizer, records, 768, 256)
+    trainer = GRPOTrainer(
+        model=load_base(str(TINY_BASE), torch.float32),
+        reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+        args=GRPOConfig(
+            output_dir="unused", per_device_train_batch_size=2, num_generations=2, report_to=[],
+            chat_template_kwargs=TEMPLATE_OPTIONS,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    assert trainer._tokenize_prompts(dataset["prompt"])[0] == expected
+
+
+def test_any_text_survives_the_tokenizer():
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    for text in ("ㄹ ㆍ 歷 bʌs “가” ― 〈뷁〉 😀 \u1112\u1161\u11ab", TRAIN[0].answer):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def recipe_with_4bit(adapter):
+    return load_recipe(
+        ROOT / "recipes" / "tiny" / "grpo.yaml", ["model.load_in_4bit=true", f"model.adapter={adapter}"], GRPORecipe
+    ).model
+
+
+def test_4bit_gradients_are_right_after_an_evaluation(sft_run):
+    """The trap: on some CPUs a no-grad forward in eval mode repacks 4-bit weights and spoils later gradients."""
+    model, tokenizer = load_for_training(recipe_with_4bit(sft_run / "adapter"), seed=0, gradient_checkpointing=False)
+    linear = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert type(linear).__name__ == "Linear4bit"
+    ids = torch.tensor([prompt_ids(tokenizer, build_messages(TRAIN[0]))])
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids)
+        model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+
+    def gradients(model):
+        model.train()
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, found = gradients(model)
+    reference = load_base(str(TINY_BASE), torch.float32, load_in_4bit=True).dequantize(dtype=torch.float32)
+    from peft import PeftModel
+
+    expected_loss, expected = gradients(PeftModel.from_pretrained(reference, sft_run / "adapter", is_trainable=True))
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert found.keys() == expected.keys()
+    assert found
+    for name, gradient in expected.items():
+        assert torch.linalg.norm(found[name] - gradient) <= 1e-3 * torch.linalg.norm(gradient) + 1e-8, name
+
+
+def test_qlora_grpo_runs_on_a_cpu(data, sft_run, tmp_path):
+    run = tmp_path / "qlora"
+    finish(start(*grpo_command(data, run, sft_run / "adapter", "model.load_in_4bit=true", "training.max_steps=3")))
+    before, after = weights(sft_run), weights(run)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    logits = []
+    for adapter in (sft_run / "adapter", run / "adapter"):
+        model, tokenizer = load_for_prediction(str(TINY_BASE), str(adapter), "float32", load_in_4bit=True)
+        ids = torch.tensor([prompt_ids(tokenizer, build_messages(TRAIN[0]))])
+        with torch.inference_mode():
+            logits.append(model(input_ids=ids).logits)
+    assert (logits[0] - logits[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dequantised", [False, True])
+def test_the_merged_model_is_the_adapter_model(dequantised, grpo_run, tmp_path):
+    questions = load_records(DATA / "test_questions.json")[:6]
+    parity = export(grpo_run / "adapter", tmp_path / "병합", dtype="float32", dequantised=dequantised, check=questions)
+    assert parity.max_logit_diff <= 1e-4
+    assert parity.same_answers
+    model, tokenizer = load_for_prediction(str(tmp_path / "병합"))
+    original, _ = load_for_prediction(str(TINY_BASE), str(grpo_run / "adapter"))
+    if not dequantised:
+        assert dict(predict(model, tokenizer, questions, max_new_tokens=160)) == dict(
+            predict(original, tokenizer, questions, max_new_tokens=160)
+        )
+    assert tokenizer.chat_template == load_tokenizer(str(TINY_BASE)).chat_template
+
+
+def test_a_merge_that_differs_is_not_written(grpo_run, tmp_path, monkeypatch):
+    import click
+
+    monkeypatch.setattr("malpyeong.export.TOLERANCE", {"float32": -1.0})
+    with pytest.raises(click.ClickException, match="not written"):
+        export(grpo_run / "adapter", tmp_path / "merged", dtype="float32", check=load_records(DATA / "dev.json")[:1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_what_is_no_adapter_and_what_exists(grpo_run, tmp_path, run_module):
+    result = run_module("-m", "malpyeong.export", tmp_path, "-o", tmp_path / "out")
+    assert result.returncode == 2
+    assert "holds no adapter" in result.stderr
+    result = run_module("-m", "malpyeong.export", grpo_run / "adapter", "-o", grpo_run)
+    assert result.returncode == 2
+    assert "exists already" in result.stderr
+
+
+def test_batched_prediction_does_not_depend_on_the_batch(sft_run):
+    model, tokenizer = load_for_prediction(str(TINY_BASE), str(sft_run / "adapter"))
+    questions = load_records(DATA / "test_questions.json")[:7]
+    alone = dict(predict(model, tokenizer, questions, batch_size=1, max_new_tokens=120))
+    together = dict(predict(model, tokenizer, questions, batch_size=7, max_new_tokens=120))
+    assert alone == together
+
+
+def test_predict_command_keeps_ids_and_order(sft_run, run_module, tmp_path):
+    from malpyeong.records import write_records
+
+    questions = [Record(f"{9 - n}", r.question_type, r.question) for n, r in enumerate(TRAIN[:5])]
+    write_records(tmp_path / "questions.json", questions)
+    arguments = ("--adapter", sft_run / "adapter", "--max-new-tokens", "120")
+    command = ("-m", "malpyeong.predict", TINY_BASE, tmp_path / "questions.json", *arguments)
+    result = run_module(*command, "-o", tmp_path / "pred.json")
+    assert result.returncode == 0, result.stderr
+    predicted = load_records(tmp_path / "pred.json", answers="prediction")
+    assert [(r.id, r.question) for r in predicted] == [(r.id, r.question) for r in questions]
+    assert any(contest_split(r.answer)[1] for r in predicted)
+    result = run_module(*command, "-o", tmp_path / "questions.json")
+    assert result.returncode == 2
+
+
+def test_a_model_that_is_not_there_is_one_line(run_module, tmp_path):
+    questions = DATA / "test_questions.json"
+    result = run_module("-m", "malpyeong.predict", tmp_path / "없음", questions, "-o", tmp_path / "out.json")
+    assert result.returncode == 2
+    assert "cannot be loaded as a model" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_changed_trainer_arguments_are_an_error():
+    from trl import GRPOConfig
+
+    stated = {"learning_rate": 1e-4, "loss_type": "dapo", "optim": "adamw_torch", "report_to": []}
+    arguments = GRPOConfig(output_dir="unused", **stated)
+    assert_arguments(arguments, stated)
+    with pytest.raises(RuntimeError, match=r"learning_rate is 0\.0001, stated 5e-05"):
+        assert_arguments(arguments, {**stated, "learning_rate": 5e-5})
+
+
+def test_a_checkpoint_that_was_cut_off_is_removed(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (4, '{"glob')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_pad_must_differ_from_eos(tmp_path):
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<|endoftext|>"
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(InputError, match="no chat template"):
+        load_tokenizer(str(tmp_path / "plain"))
+
+
+def test_unsloth_is_refused_with_a_cure_where_it_cannot_run(sft_run):
+    from malpyeong.model import choose_backend
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    block = recipe_with_4bit(sft_run / "adapter").model_copy(update={"backend": "unsloth"})
+    with pytest.raises(InputError, match=r"set model\.backend=hf"):
+        choose_backend(block)
