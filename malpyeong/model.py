@@ -6,6 +6,7 @@ Training: Unsloth where a GPU that it supports and the package are present, else
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from malpyeong.config import ModelBlock
+
+
+# On CPUs with avx512_bf16 bitsandbytes looks for an optional kernel on the hub and warns if it is not there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def choose_backend(model: "ModelBlock") -> str:

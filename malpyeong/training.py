@@ -51,6 +51,40 @@ def grpo_dataset(
     return Dataset.from_list(rows)
 
 
+# What a step's line shows, in this order; everything else is in log.json.
+_SHOWN = {
+    "loss": "loss",
+    "eval_loss": "dev loss",
+    "reward": "reward",
+    "frac_reward_zero_std": "dead groups",
+    "completions/mean_length": "tokens",
+    "completions/clipped_ratio": "cut off",
+    "grad_norm": "gradient",
+}
+
+
+def show_progress(trainer: Any) -> None:  # noqa: ANN401 -- a transformers Trainer
+    """Replace the trainer's printout (some thirty numbers a step) by one short line under the progress bar."""
+    from transformers import ProgressCallback
+
+    class ShortProgress(ProgressCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
+            line = progress_line(state.global_step, logs or {})
+            if self.training_bar is not None and line:
+                self.training_bar.write(line)
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ShortProgress)
+
+
+def progress_line(step: int, logs: dict[str, Any]) -> str:
+    """Return one line of the numbers that tell whether training goes well, or "" if there are none."""
+    rewards = {key: key.split("/")[1] for key in logs if key.startswith("rewards/") and key.endswith("/mean")}
+    names = {**_SHOWN, **rewards}
+    parts = [f"{name} {float(logs[key]):.4g}" for key, name in names.items() if key in logs]
+    return f"step {step}: {', '.join(parts)}" if parts else ""
+
+
 def precision(dtype: str) -> dict[str, Any]:
     """Return the trainer's number format: mixed precision in the dtype of the weights, none for float32."""
     import torch

@@ -47,7 +47,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from trl import GRPOConfig, GRPOTrainer
 
-    from malpyeong.training import grpo_dataset, precision
+    from malpyeong.training import grpo_dataset, precision, show_progress
 
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     dataset = grpo_dataset(tokenizer, records, model_block.max_length, training.max_completion_length)
@@ -106,6 +106,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         processing_class=tokenizer,
     )
     assert_arguments(trainer.args, stated)
+    show_progress(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finish_run(output, trainer.model, tokenizer, trainer.state.log_history)
     click.echo(f"{output / 'adapter'}: {trainer.state.global_step} steps")

@@ -44,7 +44,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from malpyeong.training import precision, sft_dataset
+    from malpyeong.training import precision, sft_dataset, show_progress
 
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {name: sft_dataset(tokenizer, records, model_block.max_length) for name, records in splits.items()}
@@ -89,6 +89,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience)],
     )
     assert_arguments(trainer.args, stated)
+    show_progress(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finish_run(output, trainer.model, tokenizer, trainer.state.log_history)
     best = trainer.state.best_metric
