@@ -7,9 +7,8 @@ DATA   ?= data
 RUNS   ?= runs
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo '[gpu]')
 
-BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-RUN    := $(BIN)/python
+RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format samples tiny-base sft-qwen grpo-qwen export-qwen submit-qwen clean
@@ -27,41 +26,41 @@ $(STAMP): pyproject.toml
 	@touch "$(STAMP)"
 
 demo: $(STAMP) ## base → SFT → GRPO → merge → submission with the tiny model (10 minutes on two cores)
-	$(RUN) recipes/demo.py -o $(RUNS)/demo
+	$(RUN) recipes/demo.py -o "$(RUNS)/demo"
 
 test: $(STAMP) ## run the tests
 	$(RUN) -m pytest
 
 lint: $(STAMP) ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(STAMP) ## let ruff format the code
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
 
 samples: $(STAMP) ## rebuild malpyeong/samples/data from the item bank
 	$(RUN) -m malpyeong.samples.build
 
 tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
-	$(RUN) recipes/tiny_base.py -o $(RUNS)/tiny_base
+	$(RUN) recipes/tiny_base.py -o "$(RUNS)/tiny_base"
 
 # The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json.
 sft-qwen: $(STAMP) ## SFT of Qwen3-4B on DATA=folder with the contest's files (one GPU)
-	$(RUN) recipes/sft.py recipes/qwen/sft.yaml data.train=$(DATA)/train.json data.dev=$(DATA)/dev.json \
-	  training.output=$(RUNS)/qwen-sft --resume auto
+	$(RUN) recipes/sft.py recipes/qwen/sft.yaml data.train="$(DATA)/train.json" data.dev="$(DATA)/dev.json" \
+	  training.output="$(RUNS)/qwen-sft" --resume auto
 
 grpo-qwen: $(STAMP) ## GRPO from the SFT adapter
-	$(RUN) recipes/grpo.py recipes/qwen/grpo.yaml data.train=$(DATA)/train.json \
-	  model.adapter=$(RUNS)/qwen-sft/adapter training.output=$(RUNS)/qwen-grpo --resume auto
+	$(RUN) recipes/grpo.py recipes/qwen/grpo.yaml data.train="$(DATA)/train.json" \
+	  model.adapter="$(RUNS)/qwen-sft/adapter" training.output="$(RUNS)/qwen-grpo" --resume auto
 
 export-qwen: $(STAMP) ## merge the GRPO adapter into the 16-bit model
-	$(RUN) -m malpyeong.export $(RUNS)/qwen-grpo/adapter -o $(RUNS)/qwen-merged
+	$(RUN) -m malpyeong.export "$(RUNS)/qwen-grpo/adapter" -o "$(RUNS)/qwen-merged"
 
 submit-qwen: $(STAMP) ## answer DATA/test.json and write a checked submission
-	$(RUN) -m malpyeong.predict $(RUNS)/qwen-merged $(DATA)/test.json -o $(RUNS)/qwen-test.json
-	$(RUN) -m malpyeong.submit $(DATA)/test.json $(RUNS)/qwen-test.json -o $(RUNS)/qwen-submission.json
+	$(RUN) -m malpyeong.predict "$(RUNS)/qwen-merged" "$(DATA)/test.json" -o "$(RUNS)/qwen-test.json"
+	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/qwen-test.json" -o "$(RUNS)/qwen-submission.json"
 
 clean: ## remove the virtual environment and caches (runs/ stays)
 	rm -rf "$(VENV)" .pytest_cache .mypy_cache .ruff_cache .hypothesis

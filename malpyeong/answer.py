@@ -153,14 +153,14 @@ def format_problem(text: str) -> str | None:
     if not all(sentence.strip() for sentence in answer.sentences) or not answer.sentences:
         return "empty sentence"
     verdict = f'"{answer.particle} 옳다. '
-    head, found, reason = text.partition(verdict)
+    head, found, reason = text[1:].partition(verdict)
     if not found:
         return 'verdict is not written exactly as `"가 옳다. ` with a reason after it'
-    if head[1:].strip() != head[1:]:
+    if head.strip() != head:
         return "space inside the quotes"
     if not reason.strip("., "):
         return "no reason"
-    if contest_split(text) != (f'{head}"{answer.particle} 옳다', reason.strip().lstrip("., ")):
+    if contest_split(text) != (f'"{head}"{answer.particle} 옳다', answer.reason):
         return "the contest's split falls elsewhere (a second 가 옳다 / 이 옳다)"
     if not _SENTENCE_END.search(reason):
         return "reason is cut off (does not end in a period)"

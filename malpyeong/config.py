@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,7 +14,7 @@ from malpyeong.errors import InputError
 class Block(BaseModel):
     """A block of a recipe; a key that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", strict=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LoraBlock(Block):
@@ -68,7 +68,7 @@ class GRPOData(Block):
     """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``)."""
 
     train: str
-    rewards: dict[str, float] = Field(min_length=1)
+    rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
 
 
 class GRPOTraining(Block):
@@ -105,6 +105,11 @@ class GRPOTraining(Block):
             raise ValueError(
                 f"batch_size × gradient_accumulation_steps = {rollouts} completions a step is not a multiple "
                 f"of num_generations = {self.num_generations}"
+            )
+        if self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps = {self.save_steps} is not a multiple of num_iterations = {self.num_iterations}; a "
+                "checkpoint between two uses of the same completions could not be resumed"
             )
         return self
 
@@ -150,7 +155,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str], kind: type[Recipe]) 
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); name a recipe such as recipes/tiny/sft.yaml"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: is not YAML ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no blocks; expected {', '.join(kind.model_fields)}")
@@ -171,21 +176,19 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(block, {})
         if not isinstance(values, dict):
             raise InputError(f'"{override}": "{block}" is not a block')
+    values[key] = _value(override, text)
+
+
+def _value(override: str, text: str) -> Any:  # noqa: ANN401 -- what YAML gives
+    """Lists and mappings are YAML; anything else is taken as it stands and turned into the key's type later."""
+    if text in ("null", "~"):
+        return None
+    if not text.startswith(("[", "{")):
+        return text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f'"{override}": the value is not YAML; put it in quotes') from None
-    values[key] = _number(value)
-
-
-def _number(value: Any) -> Any:  # noqa: ANN401 -- a YAML value
-    """YAML 1.1 reads 1e-4 as text; so does nobody else."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        raise InputError(f'"{override}": the value is not YAML') from None
 
 
 def _explain(error: ValidationError, kind: type[Block]) -> str:

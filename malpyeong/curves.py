@@ -1,5 +1,6 @@
 """Learning curves of a run as a PNG: ``python -m malpyeong.curves RUN -o curves.png``."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import click
 
 from malpyeong.errors import InputError
+from malpyeong.files import write_bytes
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -53,9 +55,10 @@ def plot(run: Path, output: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title(run.name)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)
+    write_bytes(output, picture.getvalue())
 
 
 def _is_reward(key: str) -> bool:

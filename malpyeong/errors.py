@@ -13,4 +13,11 @@ class InputError(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(message, limit=2_000))
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """Return text that is safe to print on a terminal: one line, no control or direction characters."""
+    text = " ".join(text[: 10 * limit].split())
+    shown = "".join(character if character.isprintable() else "�" for character in text[:limit])
+    return shown + ("…" if len(text) > limit else "")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from malpyeong.errors import printable
 from malpyeong.records import check_same_questions, load_records
 from malpyeong.scoring.report import METRICS, RecordScore, score_records, summarise
 
@@ -84,23 +85,18 @@ def _cell(value: float | None) -> str:
 
 
 def _print_worst(console: Console, scores: list[RecordScore], count: int) -> None:
-    def badness(score: RecordScore) -> tuple[float, float, str]:
-        return (score.exact_match or 0.0, score.rouge_1 or 0.0, score.record.id)
+    def badness(score: RecordScore) -> float:
+        reason = 0.0 if score.missing_reason or score.format_problem else 1.0
+        return (1.0 if score.exact_match is None else score.exact_match) + (
+            reason if score.rouge_1 is None else score.rouge_1
+        )
 
-    for score in sorted(scores, key=badness)[:count]:
-        if score.exact_match in (1.0, None) and score.rouge_1 in (1.0, None) and not score.format_problem:
-            break
-        head = f"\nid {score.record.id}  EM {_cell(score.exact_match)}  ROUGE-1 {_cell(score.rouge_1)}"
+    worst = sorted((score for score in scores if badness(score) < 2 or score.format_problem), key=badness)
+    for score in worst[:count]:
+        head = f"\nid {printable(score.record.id)}  EM {_cell(score.exact_match)}  ROUGE-1 {_cell(score.rouge_1)}"
         console.print(Text(head + (f"  ({score.format_problem})" if score.format_problem else "")))
         console.print(Text(f"  gold  {printable(score.record.answer or '')}"))
         console.print(Text(f"  pred  {printable(score.prediction)}"))
-
-
-def printable(text: str, limit: int = 300) -> str:
-    """Return text that is safe to print on a terminal: one line, no control or direction characters."""
-    text = " ".join(text.split())
-    shown = "".join(character if character.isprintable() else "�" for character in text[:limit])
-    return shown + ("…" if len(text) > limit else "")
 
 
 if __name__ == "__main__":

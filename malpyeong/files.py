@@ -1,5 +1,6 @@
 """Writing files whole or not at all, and naming their content by digest."""
 
+import glob
 import hashlib
 import os
 import shutil
@@ -12,35 +13,44 @@ from malpyeong.errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that ``path`` holds either its old content or all of the new one.
+    """Write UTF-8 text; see :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that ``path`` holds either its old content or all of the new one.
 
     Raises:
         InputError: the folder is missing or not writable, or ``path`` is a folder.
     """
+    temporary = _temporary_beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; name a file to write")
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="", dir=path.parent, prefix=".write-", delete=False
-        ) as handle:
-            temporary = Path(handle.name)
-            try:
-                handle.write(text)
-                handle.flush()
-                os.fsync(handle.fileno())
-                temporary.chmod(0o666 & ~_umask())
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose a writable place") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Make sure, before long work, that its result can be written.
+
+    Raises:
+        InputError: as :func:`write_bytes` would.
+    """
+    _temporary_beside(path).unlink()
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that becomes ``path`` when the block ends without an error.
+
+    What a killed earlier attempt left behind is removed.
 
     Raises:
         InputError: ``path`` exists already and is not an empty folder, or its parent is not writable.
@@ -49,7 +59,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: exists already; remove it or choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.part-*"):
+            shutil.rmtree(stale)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.part-", dir=path.parent))
     except OSError as error:
         raise InputError(f"{path}: cannot be made ({error.strerror}); choose a writable place") from None
     try:
@@ -66,6 +78,18 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _temporary_beside(path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; name a file to write")
+        handle, name = tempfile.mkstemp(prefix=".write-", dir=path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose a writable place") from None
+    os.close(handle)
+    return Path(name)
 
 
 def _umask() -> int:

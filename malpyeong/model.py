@@ -64,11 +64,11 @@ def load_for_training(model: "ModelBlock", seed: int, gradient_checkpointing: bo
     """
     from transformers import set_seed
 
-    check_adapter(model.adapter)
+    check_lora(model)
     set_seed(seed)
     if choose_backend(model) == "unsloth":
         return _load_unsloth(model, seed, gradient_checkpointing)
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     tokenizer = load_tokenizer(model.name)
     base: Any = load_base(model.name, pick_dtype(model.dtype), load_in_4bit=model.load_in_4bit)
@@ -77,7 +77,7 @@ def load_for_training(model: "ModelBlock", seed: int, gradient_checkpointing: bo
     elif gradient_checkpointing:
         base.enable_input_require_grads()
     if model.adapter:
-        peft_model = PeftModel.from_pretrained(base, model.adapter, is_trainable=True)
+        peft_model = put_adapter(base, model.adapter, is_trainable=True)
     else:
         config = LoraConfig(
             r=model.lora.r,
@@ -105,12 +105,26 @@ def load_for_prediction(
     tokenizer = load_tokenizer(name)
     model: Any = load_base(name, pick_dtype(dtype), load_in_4bit=load_in_4bit)
     if adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter)
+        model = put_adapter(model, adapter)
     if torch.cuda.is_available() and not load_in_4bit:
         model = model.to("cuda")
     return model.eval(), tokenizer
+
+
+def put_adapter(base: Any, adapter: str | Path, is_trainable: bool = False) -> Any:  # noqa: ANN401 -- PEFT models
+    """Put a saved LoRA adapter on a base model.
+
+    Raises:
+        InputError: the adapter does not fit this base.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{adapter}: does not fit the base model ({str(error).strip()[:200]}); was it trained on another one?"
+        ) from None
 
 
 def load_base(name: str, dtype: "torch.dtype", load_in_4bit: bool = False) -> "PreTrainedModel":
@@ -120,6 +134,7 @@ def load_base(name: str, dtype: "torch.dtype", load_in_4bit: bool = False) -> "P
         InputError: there is no such folder and the hub does not have it or cannot be reached.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": dtype}
@@ -133,7 +148,7 @@ def load_base(name: str, dtype: "torch.dtype", load_in_4bit: bool = False) -> "P
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_found(name, error) from None
     keep_cpu_4bit_weights_differentiable(model)
     return model
@@ -179,25 +194,55 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def check_adapter(adapter: str | Path | None) -> None:
-    """Make sure that a named adapter folder holds an adapter.
+def check_adapter(adapter: str | Path | None) -> dict[str, Any]:
+    """Make sure that a named adapter folder holds a whole adapter and return its configuration.
 
     Raises:
         InputError: it does not.
     """
     if adapter is None:
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    weights = Path(adapter) / "adapter_model.safetensors"
+    try:
+        config: dict[str, Any] = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))
+        with safe_open(weights, "numpy"):
+            pass
+    except OSError:
+        raise InputError(f"{adapter}: holds no adapter; train it first, for example with recipes/sft.py") from None
+    except (ValueError, SafetensorError) as error:
+        raise InputError(f"{adapter}: the adapter is damaged ({error}); train or copy it again") from None
+    return config
+
+
+def check_lora(model: "ModelBlock") -> None:
+    """Make sure that a recipe's LoRA block describes the adapter that it goes on from.
+
+    Raises:
+        InputError: rank, alpha or target modules differ.
+    """
+    if model.adapter is None:
         return
-    config = Path(adapter) / "adapter_config.json"
-    if not config.is_file():
-        raise InputError(f"{adapter}: holds no adapter (adapter_config.json); train it first, e.g. with recipes/sft.py")
-    if not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise InputError(f"{adapter}: has no adapter_model.safetensors; was its training cut off?")
+    config = check_adapter(model.adapter)
+    stated = {"r": model.lora.r, "lora_alpha": model.lora.alpha, "target_modules": set(model.lora.target_modules)}
+    for key, value in stated.items():
+        found = set(config.get(key) or ()) if key == "target_modules" else config.get(key)
+        if found != value:
+            raise InputError(
+                f"{model.adapter}: was trained with {key}={found}, model.lora says {value}; make them agree"
+            )
 
 
 def base_of_adapter(adapter: str | Path) -> str:
-    """Return the base model's name that an adapter was trained on."""
-    check_adapter(adapter)
-    name = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+    """Return the base model's name that an adapter was trained on.
+
+    Raises:
+        InputError: the adapter does not say.
+    """
+    name = check_adapter(adapter).get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{adapter}: does not say which base model it was trained on; name it with --base")
     return str(name)
 
 

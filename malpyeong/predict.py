@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from malpyeong.errors import InputError
+from malpyeong.files import check_writable
 from malpyeong.records import Record, load_records, write_records
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def main(
     records = load_records(questions)
     if output.exists() and output.samefile(questions):
         raise InputError(f"{output}: would overwrite the questions; choose another name")
+    check_writable(output)
     from tqdm import tqdm
 
     from malpyeong.model import load_for_prediction

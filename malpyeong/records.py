@@ -219,6 +219,12 @@ def _check(where: str, item: Any, answers: Answers) -> Record:  # noqa: ANN401 -
         raise InputError(f"{where}: input.question is empty; fill it in or remove the record")
     _check_text(where, "input.question", question)
     answer = _check_answer(where, item, answers)
+    try:
+        json.dumps(item, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except ValueError:
+        raise InputError(
+            f"{where}: a field holds NaN, infinity or half a surrogate pair, which JSON in UTF-8 cannot; mend it"
+        ) from None
     return Record(id_, question_type, question, answer, item)
 
 

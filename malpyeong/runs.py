@@ -1,10 +1,11 @@
 """A training run's folder: what it was made from, its checkpoints, its log, and its adapter.
 
-``runs/NAME/`` holds ``config.yaml`` (every key resolved), ``environment.json`` (versions, digests of the data
-files, git revision), ``checkpoint-N/``, ``log.json`` (what the trainer logged, step by step) and, only when
-training has ended, ``adapter/``.
+``runs/NAME/`` holds ``config.yaml`` (every key resolved), ``environment.json`` (versions, digests of the files it was
+made from, git revision), ``checkpoint-N/`` and, only when training has ended, ``log.json`` (what the trainer logged,
+step by step) and ``adapter/``.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -34,40 +35,48 @@ PACKAGES = (
 )
 
 
-def start_run(output: Path, recipe: Block, data: Sequence[str], resume: bool) -> Path | None:
-    """Make or reopen a run's folder and write down what the run is made from.
+def check_run(output: Path, recipe: Block, inputs: Sequence[Path], resume: bool) -> Path | None:
+    """Look at a run's folder before anything is loaded.
 
     Args:
-        output: the run's folder.
+        output: the run's folder, which need not exist.
         recipe: the resolved recipe.
-        data: files whose digests are recorded.
+        inputs: files that the run is made from; their digests must be those that an earlier start recorded.
         resume: go on from the last complete checkpoint, if there is one.
 
     Returns:
         The checkpoint to go on from, or None to begin.
 
     Raises:
-        InputError: the folder holds a run and ``resume`` is False, or it holds a run of another recipe.
+        InputError: the folder holds a run and ``resume`` is False, or one of another recipe or other data.
     """
     config = output / "config.yaml"
-    resolved = recipe.model_dump(mode="json")
-    if config.exists():
-        if not resume:
-            raise InputError(
-                f"{output}: holds a run already; add --resume auto to go on with it, or choose another folder "
-                "with training.output=…"
-            )
-        different = _differences(yaml.safe_load(config.read_text("utf-8")) or {}, resolved)
-        if different:
-            raise InputError(
-                f"{output}: holds a run of another recipe (different: {', '.join(different[:5])}); "
-                "choose another folder with training.output=…"
-            )
-    if (output / "adapter").exists():
-        raise InputError(f"{output}: this run has ended; its adapter is in {output / 'adapter'}")
-    write_text(output / "environment.json", json.dumps(_environment(data), ensure_ascii=False, indent=2) + "\n")
-    write_text(config, yaml.safe_dump(resolved, allow_unicode=True, sort_keys=False))
+    if not config.exists():
+        return None
+    if not resume:
+        raise InputError(
+            f"{output}: holds a run already; add --resume auto to go on with it, or choose another folder with "
+            "training.output=…"
+        )
+    different = _differences(yaml.safe_load(config.read_text("utf-8")) or {}, recipe.model_dump(mode="json"))
+    recorded = json.loads((output / "environment.json").read_text("utf-8"))["sha256"]
+    different += [name for name, value in _digests(inputs).items() if recorded.get(name) != value]
+    if different:
+        raise InputError(
+            f"{output}: holds a run of another recipe or other data (different: {', '.join(different[:5])}); choose "
+            "another folder with training.output=…"
+        )
     return last_checkpoint(output)
+
+
+def start_run(output: Path, recipe: Block, inputs: Sequence[Path]) -> None:
+    """Make a run's folder and write down what the run is made from; a folder that is being resumed stays as it is."""
+    if (output / "config.yaml").exists():
+        return
+    environment = {"versions": _versions(), "git": _git_revision(), "sha256": _digests(inputs)}
+    write_text(output / "environment.json", json.dumps(environment, ensure_ascii=False, indent=2) + "\n")
+    resolved = recipe.model_dump(mode="json")
+    write_text(output / "config.yaml", yaml.safe_dump(resolved, allow_unicode=True, sort_keys=False))
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -103,41 +112,64 @@ def assert_arguments(arguments: object, stated: Mapping[str, Any]) -> None:
         raise RuntimeError(f"the trainer changed what the recipe states: {'; '.join(changed)}")
 
 
-def finish_run(output: Path, model: Any, tokenizer: Any, log: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401
+def has_ended(checkpoint: Path) -> bool:
+    """Tell whether training had ended (all steps done, or stopped early) when a checkpoint was written."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+
+
+def finish_run(
+    output: Path,
+    model: Any,  # noqa: ANN401 -- a PeftModel
+    tokenizer: Any,  # noqa: ANN401 -- a transformers tokenizer
+    base: str,
+    before: str,
+    log: Sequence[Mapping[str, Any]],
+) -> None:
     """Save the log and, last and whole, the trained adapter.
 
+    Args:
+        output: the run's folder.
+        model: the trained model.
+        tokenizer: saved beside the adapter.
+        base: name of the base model, recorded in the adapter (Unsloth puts a quantised copy's name there).
+        before: :func:`adapter_digest` before training.
+        log: what the trainer logged.
+
     Raises:
-        RuntimeError: the adapter is still zero, that is, nothing was learnt.
+        RuntimeError: the adapter is what it was before training, that is, nothing was learnt.
     """
-    if not adapter_is_non_zero(model):
-        raise RuntimeError("the adapter is still zero after training: nothing was learnt (learning rate, labels?)")
+    if adapter_digest(model) == before:
+        raise RuntimeError("training has not changed the adapter: nothing was learnt (rewards all equal? labels?)")
+    model.peft_config["default"].base_model_name_or_path = base
     write_text(output / "log.json", json.dumps(list(log), ensure_ascii=False, indent=1) + "\n")
     with new_folder(output / "adapter") as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, selected_adapters=["default"])
         tokenizer.save_pretrained(folder)
 
 
-def adapter_is_non_zero(model: Any) -> bool:  # noqa: ANN401 -- a PeftModel
-    """Tell whether some LoRA B matrix differs from the zeros that it starts with."""
-    return any(
-        bool(parameter.detach().abs().max() > 0)
-        for name, parameter in model.named_parameters()
-        if "lora_B" in name and ".ref." not in name
-    )
+def adapter_digest(model: Any) -> str:  # noqa: ANN401 -- a PeftModel
+    """Return a digest of the weights that are trained."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found.update(name.encode())
+            found.update(parameter.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
-def _environment(data: Sequence[str]) -> dict[str, Any]:
+def _digests(inputs: Sequence[Path]) -> dict[str, str]:
+    return {str(path): digest(path) for path in inputs}
+
+
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "machine": platform.machine()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {
-        "versions": versions,
-        "git": _git_revision(),
-        "data_sha256": {name: digest(Path(name)) for name in data},
-    }
+    return versions
 
 
 def _git_revision() -> str | None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from malpyeong.answer import contest_split, format_problem
-from malpyeong.errors import InputError
-from malpyeong.evaluate import printable
+from malpyeong.errors import InputError, printable
 from malpyeong.records import Record, check_same_questions, load_records, write_records
 
 # Conjoining jamo that NFD makes of ordinary syllables; NFKC makes them of compatibility jamo such as ㄹ.

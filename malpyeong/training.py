@@ -1,12 +1,15 @@
 """What the recipes share: datasets from records, and number formats."""
 
+import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from malpyeong.errors import InputError
 from malpyeong.model import pick_dtype
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 from malpyeong.records import Record
+from malpyeong.runs import has_ended
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,8 +38,21 @@ def grpo_dataset(
     records: Sequence[Record],
     max_length: int,
     max_completion_length: int,
+    prompts: int,
+    seed: int,
 ) -> "Dataset":
-    """Return ``prompt`` (chat messages), ``reference`` (the gold answer) and ``record_id`` for each record.
+    """Return ``prompt`` (chat messages), ``reference`` (the gold answer) and ``record_id``, in training order.
+
+    The order is drawn here for the whole run, pass after pass over the records, because TRL's sampler starts its
+    first pass again when a run is resumed in a later one.
+
+    Args:
+        tokenizer: to count tokens.
+        records: the questions.
+        max_length: limit of prompt and completion together, in tokens.
+        max_completion_length: tokens that a completion may have.
+        prompts: how many prompts the run uses.
+        seed: of the order.
 
     Raises:
         InputError: a prompt and a completion of full length have more than ``max_length`` tokens together.
@@ -48,7 +64,22 @@ def grpo_dataset(
     ]
     lengths = [len(prompt_ids(tokenizer, build_messages(record))) + max_completion_length for record in records]
     _check_lengths(records, lengths, max_length)
-    return Dataset.from_list(rows)
+    rng = random.Random(seed)
+    order: list[dict[str, Any]] = []
+    while len(order) < prompts:
+        order += rng.sample(rows, len(rows))
+    return Dataset.from_list(order[:prompts])
+
+
+def train(trainer: Any, checkpoint: Path | None) -> None:  # noqa: ANN401 -- a transformers Trainer
+    """Train, from a checkpoint if there is one; one that was written at the very end is only loaded."""
+    from transformers import TrainerState
+
+    if checkpoint is not None and has_ended(checkpoint):
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 # What a step's line shows, in this order; everything else is in log.json.

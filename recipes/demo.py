@@ -22,8 +22,9 @@ from rich.table import Table
 
 from malpyeong.answer import contest_split
 from malpyeong.curves import plot
+from malpyeong.errors import InputError
 from malpyeong.evaluate import evaluate
-from malpyeong.files import write_text
+from malpyeong.files import digest, write_text
 from malpyeong.records import load_records
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.scoring.report import RecordScore, summarise
@@ -34,31 +35,50 @@ SPLITS = ("test", "unseen")
 STAGES = {"base": "base", "sft": "SFT", "grpo": "SFT+GRPO"}
 
 
-def run(*command: str | Path) -> None:
-    """Print a command and run it with this Python; end with its exit code if it fails."""
-    words = [str(word) for word in command]
-    click.secho(f"\n$ python {shlex.join(words)}", bold=True)
-    result = subprocess.run([sys.executable, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if result.returncode:
-        raise SystemExit(result.returncode)
+class Demo:
+    """Runs commands once each, and remembers in a file how long each took."""
 
+    def __init__(self, output: Path, seed: int) -> None:
+        self.output, self._file = output, output / "demo.json"
+        made_of = {"seed": seed, "base_sha256": digest(TINY_BASE / "model.safetensors")}
+        self._state: dict[str, Any] = {**made_of, "seconds": {}}
+        if self._file.exists():
+            self._state = json.loads(self._file.read_text("utf-8"))
+            if any(self._state[key] != value for key, value in made_of.items()):
+                raise InputError(f"{output}: holds a demo of another seed or model; remove it or choose another folder")
 
-def train(stage: str, output: Path, *overrides: str) -> Path:
-    """Run a recipe, or go on with it, unless its adapter is there; return the adapter."""
-    adapter = output / "adapter"
-    if not adapter.exists():
-        recipe = [RECIPES / f"{stage}.py", RECIPES / "tiny" / f"{stage}.yaml"]
-        run(*recipe, f"training.output={output}", *overrides, "--resume", "auto")
-    return adapter
+    @property
+    def seconds(self) -> float:
+        """Time of all commands, over every start of the demo."""
+        return sum(self._state["seconds"].values())
 
+    def make(self, product: Path, *command: str | Path) -> Path:
+        """Print a command and run it with this Python, unless what it makes is there; end with its code if it fails."""
+        if product.exists():
+            return product
+        words = [str(word) for word in command]
+        click.secho(f"\n$ python {shlex.join(words)}", bold=True)
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        seconds = self._state["seconds"]
+        seconds[str(product)] = seconds.get(str(product), 0) + time.perf_counter() - start
+        write_text(self._file, json.dumps(self._state, indent=2) + "\n")
+        if result.returncode:
+            raise SystemExit(result.returncode)
+        return product
 
-def predict(model: Path, output: Path, *options: str | Path) -> None:
-    """Answer test and unseen questions."""
-    for split in SPLITS:
-        prediction = output / f"{split}.json"
-        if not prediction.exists():
-            questions = DATA / f"{split}_questions.json"
-            run("-m", "malpyeong.predict", model, questions, "-o", prediction, "--batch-size", "64", *options)
+    def train(self, stage: str, *overrides: str) -> Path:
+        """Run a recipe, or go on with it; return the adapter."""
+        run = self.output / stage
+        recipe = (RECIPES / f"{stage}.py", RECIPES / "tiny" / f"{stage}.yaml")
+        return self.make(run / "adapter", *recipe, f"training.output={run}", *overrides, "--resume", "auto")
+
+    def predict(self, stage: str, model: Path, *options: str | Path) -> None:
+        """Answer test and unseen questions."""
+        for split in SPLITS:
+            prediction = self.output / "predictions" / stage / f"{split}.json"
+            command = ("-m", "malpyeong.predict", model, DATA / f"{split}_questions.json", "-o", prediction)
+            self.make(prediction, *command, "--batch-size", "128", "--max-new-tokens", "256", *options)
 
 
 def measure(folder: Path) -> dict[str, float]:
@@ -81,19 +101,16 @@ def measure(folder: Path) -> dict[str, float]:
 @click.option("--seed", default=0, show_default=True)
 def main(output: Path, seed: int) -> None:
     """Run the demo and write OUTPUT/summary.json."""
-    start = time.perf_counter()
+    demo = Demo(output, seed)
     seeded = f"training.seed={seed}"
-    predict(TINY_BASE, output / "predictions" / "base", "--max-new-tokens", "256")
-    sft = train("sft", output / "sft", seeded)
-    predict(TINY_BASE, output / "predictions" / "sft", "--adapter", sft, "--max-new-tokens", "256")
-    grpo = train("grpo", output / "grpo", seeded, f"model.adapter={sft}")
-    merged = output / "merged"
-    if not merged.exists():
-        run("-m", "malpyeong.export", grpo, "-o", merged, "--dtype", "float32")
-    predict(merged, output / "predictions" / "grpo", "--max-new-tokens", "256")
-    submission = output / "submission.json"
-    questions, prediction = DATA / "test_questions.json", output / "predictions" / "grpo" / "test.json"
-    run("-m", "malpyeong.submit", questions, prediction, "-o", submission)
+    demo.predict("base", TINY_BASE)
+    sft = demo.train("sft", seeded)
+    demo.predict("sft", TINY_BASE, "--adapter", sft)
+    grpo = demo.train("grpo", seeded, f"model.adapter={sft}")
+    merged = demo.make(output / "merged", "-m", "malpyeong.export", grpo, "-o", output / "merged", "--dtype", "float32")
+    demo.predict("grpo", merged)
+    submission, prediction = output / "submission.json", output / "predictions" / "grpo" / "test.json"
+    demo.make(submission, "-m", "malpyeong.submit", DATA / "test_questions.json", prediction, "-o", submission)
     for stage in ("sft", "grpo"):
         plot(output / stage, output / f"{stage}.png")
 
@@ -102,7 +119,7 @@ def main(output: Path, seed: int) -> None:
     submitted = load_records(submission, answers="prediction")
     summary: dict[str, Any] = {
         "seed": seed,
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(demo.seconds, 1),
         "stages": stages,
         "merge": {key: parity[key] for key in ("max_logit_diff", "same_answers")},
         "submission": {

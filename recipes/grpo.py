@@ -24,11 +24,11 @@ from pathlib import Path
 import click
 
 from malpyeong.config import GRPORecipe, load_recipe
-from malpyeong.model import choose_backend, load_for_training
+from malpyeong.model import check_adapter, choose_backend, load_for_training
 from malpyeong.prompts import TEMPLATE_OPTIONS
 from malpyeong.records import load_records
 from malpyeong.rewards import REWARDS
-from malpyeong.runs import assert_arguments, finish_run, start_run
+from malpyeong.runs import adapter_digest, assert_arguments, check_run, finish_run, start_run
 
 
 @click.command()
@@ -41,16 +41,27 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
     records = load_records(recipe.data.train, answers="gold")
     output = Path(training.output)
-    checkpoint = start_run(output, recipe, [recipe.data.train], resume == "auto")
+    inputs = [Path(recipe.data.train)]
+    if model_block.adapter:
+        check_adapter(model_block.adapter)
+        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
+    checkpoint = check_run(output, recipe, inputs, resume == "auto")
+    if (output / "adapter").exists():
+        click.echo(f"{output / 'adapter'}: this run has ended already")
+        return
 
     if choose_backend(model_block) == "unsloth":
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from trl import GRPOConfig, GRPOTrainer
 
-    from malpyeong.training import grpo_dataset, precision, show_progress
+    from malpyeong.training import grpo_dataset, precision, show_progress, train
 
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
-    dataset = grpo_dataset(tokenizer, records, model_block.max_length, training.max_completion_length)
+    completions = training.max_steps * training.batch_size * training.gradient_accumulation_steps
+    prompts = completions // (training.num_generations * training.num_iterations)
+    dataset = grpo_dataset(
+        tokenizer, records, model_block.max_length, training.max_completion_length, prompts, training.seed
+    )
 
     # Every argument that matters is stated, and asserted below: Unsloth's trainers have other defaults.
     stated = {
@@ -81,7 +92,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "multi_objective_aggregation": "sum_then_normalize",
         "reward_weights": list(weights.values()),
         "mask_truncated_completions": training.mask_truncated_completions,
-        "shuffle_dataset": True,
+        "shuffle_dataset": False,  # shuffled in grpo_dataset, so that a resumed run sees the same order
         "disable_dropout": True,
         "use_vllm": False,
         "chat_template_kwargs": TEMPLATE_OPTIONS,
@@ -107,8 +118,12 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     )
     assert_arguments(trainer.args, stated)
     show_progress(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finish_run(output, trainer.model, tokenizer, trainer.state.log_history)
+    before = adapter_digest(trainer.model)
+    start_run(output, recipe, inputs)
+    if checkpoint:
+        click.echo(f"going on from {checkpoint}")
+    train(trainer, checkpoint)
+    finish_run(output, trainer.model, tokenizer, model_block.name, before, trainer.state.log_history)
     click.echo(f"{output / 'adapter'}: {trainer.state.global_step} steps")
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import click
 
 from malpyeong.config import SFTRecipe, load_recipe
-from malpyeong.model import choose_backend, load_for_training
+from malpyeong.model import check_adapter, choose_backend, load_for_training
 from malpyeong.records import load_records
-from malpyeong.runs import assert_arguments, finish_run, start_run
+from malpyeong.runs import adapter_digest, assert_arguments, check_run, finish_run, start_run
 
 
 @click.command()
@@ -37,14 +37,21 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     model_block, training = recipe.model, recipe.training
     splits = {name: load_records(getattr(recipe.data, name), answers="gold") for name in ("train", "dev")}
     output = Path(training.output)
-    checkpoint = start_run(output, recipe, [recipe.data.train, recipe.data.dev], resume == "auto")
+    inputs = [Path(recipe.data.train), Path(recipe.data.dev)]
+    if model_block.adapter:
+        check_adapter(model_block.adapter)
+        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
+    checkpoint = check_run(output, recipe, inputs, resume == "auto")
+    if (output / "adapter").exists():
+        click.echo(f"{output / 'adapter'}: this run has ended already")
+        return
 
     if choose_backend(model_block) == "unsloth":
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from malpyeong.training import precision, sft_dataset, show_progress
+    from malpyeong.training import precision, sft_dataset, show_progress, train
 
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {name: sft_dataset(tokenizer, records, model_block.max_length) for name, records in splits.items()}
@@ -74,6 +81,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "save_steps": training.eval_steps,
         "save_total_limit": 2,
         "load_best_model_at_end": True,
+        "restore_callback_states_from_checkpoint": True,  # the count of early stopping
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "logging_steps": training.logging_steps,
@@ -90,8 +98,12 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     )
     assert_arguments(trainer.args, stated)
     show_progress(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finish_run(output, trainer.model, tokenizer, trainer.state.log_history)
+    before = adapter_digest(trainer.model)
+    start_run(output, recipe, inputs)
+    if checkpoint:
+        click.echo(f"going on from {checkpoint}")
+    train(trainer, checkpoint)
+    finish_run(output, trainer.model, tokenizer, model_block.name, before, trainer.state.log_history)
     best = trainer.state.best_metric
     click.echo(f"{output / 'adapter'}: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
 

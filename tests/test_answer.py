@@ -142,6 +142,8 @@ def test_subject_particle(text, particle):
         ('" 가."가 옳다. 이유다.', "space inside"),
         ("\"감.\"이 옳다. '나'가 옳다.", "split falls elsewhere"),
         ('"가."가 옳다. .', "no reason"),
+        ('"가 옳다. 나."가 옳다. 이유다.', "split falls elsewhere"),
+        ('"가 옳다. "가 옳다. 이유다.', "space inside"),
         ('"가."가 옳다. 이유는 의존 명', "cut off"),
     ],
 )
@@ -194,7 +196,7 @@ ANSWERLIKE = st.one_of(
 )
 
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=20_000, deadline=None)
 @given(ANSWERLIKE)
 def test_no_text_breaks_parser_or_scorer(text):
     answer = parse_answer(text)
@@ -213,18 +215,6 @@ def test_no_text_breaks_parser_or_scorer(text):
         assert verdict.endswith(f'"{answer.particle} 옳다')
         assert answer.complete
         assert answer.sentences
-
-
-@settings(max_examples=5_000, deadline=None)
-@given(ANSWERLIKE, ANSWERLIKE)
-def test_exact_match_follows_the_contests_rule(prediction, gold):
-    matched = exact_match(prediction, gold)
-    assert matched == float(
-        any(
-            part.strip() == contest_split(prediction)[0].replace('"', "").replace("'", "").strip()
-            for part in contest_split(gold)[0].replace('"', "").replace("'", "").strip().split("#")
-        )
-    )
 
 
 @settings(max_examples=5_000, deadline=None)

@@ -28,6 +28,12 @@ def test_overrides():
     assert recipe.model.adapter is None
 
 
+def test_an_override_of_text_is_taken_as_it_stands():
+    for text in ("실행 #2: 시험", "2024-13-45", "true", "1"):
+        recipe = load_recipe(RECIPES / "tiny" / "sft.yaml", [f"training.output={text}"], SFTRecipe)
+        assert recipe.training.output == text
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -42,6 +48,10 @@ def test_overrides():
         ("training.seed", "write an override as block.key=value"),
         ("model.name.x=1", '"name" is not a block'),
         ("training.seed=[", "is not YAML"),
+        ("training.learning_rate=.inf", "training.learning_rate: "),
+        ("data.rewards.format=nan", "data.rewards.format: "),
+        ("data.rewards.format=-1", "data.rewards.format: "),
+        ("training.num_iterations=3", "save_steps = 20 is not a multiple of num_iterations = 3"),
     ],
 )
 def test_a_wrong_override_names_the_key(override, message):

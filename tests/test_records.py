@@ -70,6 +70,10 @@ BROKEN = {
                       b' "question": "q"}, "output": {"answer": NaN}}]', "NaN or infinity"),
     "gold answer is empty": (as_json(record(answer=" ")), "output.answer is empty"),
     "half a surrogate pair": (b'[{"id": "1\\ud800", "input": {}}]', "surrogate"),
+    "half a surrogate pair in a field that is not ours": (
+        as_json(record()).replace(b'{"id"', b'{"note": "\\ud800", "id"'), "half a surrogate pair",
+    ),
+    "NaN in a field that is not ours": (as_json(record()).replace(b'{"id"', b'{"note": NaN, "id"'), "NaN"),
     "NUL in an answer": (as_json(record(answer="가\0")), "NUL"),
     "ten megabytes of answer": (as_json(record(answer="가" * 3_500_000)), "has 3,500,000 characters"),
 }  # fmt: skip

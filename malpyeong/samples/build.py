@@ -2,7 +2,8 @@
 
 Every item has five sentence frames. One frame of each item is kept for dev or test, so that those splits ask
 known norms in sentences that training never saw; one item in nine is kept out of training altogether and
-makes the ``unseen`` split. The result depends on nothing but the bank.
+makes the ``unseen`` split. The rare forms (``specials.yaml``) have one sentence each, which dev and test ask with
+other words in its slots. The result depends on nothing but the bank.
 """
 
 import json
