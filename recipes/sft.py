@@ -66,6 +66,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "lr_scheduler_type": "cosine",
         "warmup_steps": training.warmup_steps,
         "per_device_train_batch_size": training.batch_size,
+        "train_sampling_strategy": "group_by_length",  # less padding
         "per_device_eval_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "weight_decay": training.weight_decay,

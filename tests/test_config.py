@@ -51,7 +51,7 @@ def test_an_override_of_text_is_taken_as_it_stands():
         ("training.learning_rate=.inf", "training.learning_rate: "),
         ("data.rewards.format=nan", "data.rewards.format: "),
         ("data.rewards.format=-1", "data.rewards.format: "),
-        ("training.num_iterations=3", "save_steps = 20 is not a multiple of num_iterations = 3"),
+        ("training.num_iterations=3", "save_steps = 8 is not a multiple of num_iterations = 3"),
     ],
 )
 def test_a_wrong_override_names_the_key(override, message):

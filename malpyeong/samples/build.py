@@ -1,7 +1,8 @@
 """Build the sample splits and the rule book from the item bank: ``python -m malpyeong.samples.build``.
 
-Every item has five sentence frames. One frame of each item is kept for dev or test, so that those splits ask
-known norms in sentences that training never saw; one item in nine is kept out of training altogether and
+Every item has five sentence frames. One frame of each item is kept out of ``train``, for ``explore``, ``dev`` or
+``test``, so that those splits ask known norms in sentences that SFT never saw. ``explore`` is what GRPO trains on: on
+questions that SFT knows by heart the completions hardly differ and there is little to learn. One item in nine is kept out of training altogether and
 makes the ``unseen`` split. The rare forms (``specials.yaml``) have one sentence each, which dev and test ask with
 other words in its slots. The result depends on nothing but the bank.
 """
@@ -22,11 +23,12 @@ from malpyeong.records import Record, write_records
 from malpyeong.samples import DATA
 from malpyeong.samples.bank import Item, attach, draw_words, fill, load_items, load_rules, load_specials
 
-SPLITS = ("train", "dev", "test", "unseen")
+SPLITS = ("train", "explore", "dev", "test", "unseen")
 UNSEEN_EVERY = 9
-UNSEEN_FRAMES = 2
-TEST_SHARE = 0.6
-FILLS_OF_A_SPECIAL = {"train": 6, "dev": 1, "test": 1}
+UNSEEN_FRAMES = 1
+# Of the frames that are kept out of training.
+SHARES = {"explore": 0.4, "dev": 0.2, "test": 0.4}
+FILLS_OF_A_SPECIAL = {"train": 6, "explore": 1, "dev": 1, "test": 1}
 
 CHOOSE = "가운데 올바른 것을 선택하고, 그 이유를 설명하세요."
 CORRECT = "다음 문장에서 어문 규범에 부합하지 않는 부분을 찾아 고치고, 그 이유를 설명하세요."
@@ -88,7 +90,7 @@ def split_frames() -> list[tuple[Item, str, str]]:
     for number, item in enumerate(load_items()):
         rng = random.Random(f"malpyeong {item.id}")
         held_out = rng.randrange(len(item.sentences))
-        held_out_split = "test" if rng.random() < TEST_SHARE else "dev"
+        held_out_split = rng.choices(list(SHARES), list(SHARES.values()))[0]
         if number % UNSEEN_EVERY == UNSEEN_EVERY // 2:
             frames += [(item, "unseen", frame) for frame in item.sentences[:UNSEEN_FRAMES]]
         else:
@@ -97,13 +99,12 @@ def split_frames() -> list[tuple[Item, str, str]]:
                 for index, frame in enumerate(item.sentences)
             ]
     # A sentence that two items share must not be asked in training about one and held out for the other.
-    trained = {frame for _, split, frame in frames if split == "train"}
-    tested = {frame for _, split, frame in frames if split == "test"}
-    return [
-        (item, split, frame)
-        for item, split, frame in frames
-        if split == "train" or (frame not in trained and (split == "test" or frame not in tested))
-    ]
+    first: dict[str, str] = {}
+    for name in SPLITS:
+        for _, split, frame in frames:
+            if split == name:
+                first.setdefault(frame, name)
+    return [(item, split, frame) for item, split, frame in frames if first[frame] == split]
 
 
 def _add(split: list[Labelled], seen: set[str], records: Iterator[Record], item: str, rule: str) -> None:
