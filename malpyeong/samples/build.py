@@ -2,9 +2,9 @@
 
 Every item has five sentence frames. One frame of each item is kept out of ``train``, for ``explore``, ``dev`` or
 ``test``, so that those splits ask known norms in sentences that SFT never saw. ``explore`` is what GRPO trains on: on
-questions that SFT knows by heart the completions hardly differ and there is little to learn. One item in nine is kept out of training altogether and
-makes the ``unseen`` split. The rare forms (``specials.yaml``) have one sentence each, which dev and test ask with
-other words in its slots. The result depends on nothing but the bank.
+questions that SFT knows by heart the completions hardly differ and there is little to learn. One item in nine is
+kept out of training altogether and makes the ``unseen`` split. The rare forms (``specials.yaml``) have one sentence
+each, which the other splits ask with other words in its slots. The result depends on nothing but the bank.
 """
 
 import json
