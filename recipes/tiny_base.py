@@ -78,7 +78,7 @@ def documents(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Iterato
     # The 2,350 syllables of KS X 1001 are what Korean text is made of; those that the tokenizer does not have are
     # three byte tokens each, which must be copied too.
     letters = [bytes((lead, trail)).decode("euc-kr") for lead in range(0xB0, 0xC9) for trail in range(0xA1, 0xFF)]
-    letters += [letter for letter in tokenizer.get_vocab() if len(letter) == 1]
+    letters += sorted(letter for letter in tokenizer.get_vocab() if len(letter) == 1)
 
     def context() -> str:
         if rng.random() < 0.5:
@@ -131,7 +131,7 @@ def batches(rng: random.Random, tokenizer: PreTrainedTokenizerFast, rows: int, l
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--steps", default=2500, show_default=True)
+@click.option("--steps", default=2400, show_default=True)
 @click.option("--hidden", default=192, show_default=True)
 @click.option("--layers", default=4, show_default=True)
 @click.option("--rows", default=16, show_default=True, help="Rows of a batch.")
