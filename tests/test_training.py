@@ -1,6 +1,7 @@
 """Real runs of the recipes with the tiny model: learning, resuming after a kill, 4-bit weights, merging."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def finish(process):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-3000:]
     return output
+
+
+def is_complete(checkpoint):
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text("utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def weights(run):
@@ -116,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_same_result(stage, data, sft_run, grpo_run,
     command = sft_command(data, run) if stage == "sft" else grpo_command(data, run, sft_run / "adapter")
     process = start(*command)
     first = run / ("checkpoint-8" if stage == "sft" else "checkpoint-2")
-    while process.poll() is None and not (first / "trainer_state.json").exists():
+    while process.poll() is None and not is_complete(first):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -129,12 +137,42 @@ def test_a_killed_run_goes_on_to_the_same_result(stage, data, sft_run, grpo_run,
     assert process.wait() == 2
     assert "--resume auto" in process.stdout.read()
 
-    finish(start(*command, "--resume", "auto"))
+    assert f"going on from {run}/checkpoint-" in finish(start(*command, "--resume", "auto"))
     resumed, uninterrupted = weights(run), weights(whole)
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     assert len(json.loads((run / "log.json").read_text("utf-8"))) == len(
         json.loads((whole / "log.json").read_text("utf-8"))
     )
+
+
+def copy_run(whole, run):
+    """Copy a run as if it had been made in ``run``."""
+    shutil.copytree(whole, run)
+    config = (run / "config.yaml").read_text("utf-8")
+    (run / "config.yaml").write_text(config.replace(str(whole), str(run)), "utf-8")
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_kill_after_the_last_step_adds_no_training(stage, data, sft_run, grpo_run, tmp_path):
+    whole, run = {"sft": sft_run, "grpo": grpo_run}[stage], tmp_path / "run"
+    copy_run(whole, run)
+    shutil.rmtree(run / "adapter")
+    command = sft_command(data, run) if stage == "sft" else grpo_command(data, run, sft_run / "adapter")
+    finish(start(*command, "--resume", "auto"))
+    again, before = weights(run), weights(whole)
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    assert "has ended already" in finish(start(*command, "--resume", "auto"))
+
+
+def test_resuming_with_other_data_is_refused(data, sft_run, tmp_path):
+    run = tmp_path / "run"
+    copy_run(sft_run, run)
+    recorded = json.loads((run / "environment.json").read_text("utf-8"))
+    recorded["sha256"][str(data / "train.jsonl")] = "0" * 64
+    (run / "environment.json").write_text(json.dumps(recorded), "utf-8")
+    process = start(*sft_command(data, run), "--resume", "auto")
+    assert process.wait() == 2
+    assert "train.jsonl" in process.stdout.read()
 
 
 def test_resuming_with_another_recipe_is_refused(data, sft_run):
@@ -169,7 +207,7 @@ def test_training_and_prediction_see_the_same_prompt(sft_run):
         model=load_base(str(TINY_BASE), torch.float32),
         reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
         args=GRPOConfig(
-            output_dir="unused", per_device_train_batch_size=2, num_generations=2, report_to=[],
+            output_dir="unused", bf16=False, per_device_train_batch_size=2, num_generations=2, report_to=[],
             chat_template_kwargs=TEMPLATE_OPTIONS,
         ),
         train_dataset=dataset,
@@ -303,7 +341,7 @@ def test_a_model_that_is_not_there_is_one_line(run_module, tmp_path):
 def test_changed_trainer_arguments_are_an_error():
     from trl import GRPOConfig
 
-    stated = {"learning_rate": 1e-4, "loss_type": "dapo", "optim": "adamw_torch", "report_to": []}
+    stated = {"learning_rate": 1e-4, "loss_type": "dapo", "optim": "adamw_torch", "report_to": [], "bf16": False}
     arguments = GRPOConfig(output_dir="unused", **stated)
     assert_arguments(arguments, stated)
     with pytest.raises(RuntimeError, match=r"learning_rate is 0\.0001, stated 5e-05"):
