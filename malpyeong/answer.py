@@ -180,7 +180,8 @@ def _unwrap(text: str) -> str:
             break
     text = kept.rpartition("</think>")[2].strip()  # the opening tag may have been part of the prompt
     if text.startswith("```"):
-        text = text.partition("\n")[2].rstrip().removesuffix("```")
+        first, line_end, rest = text.partition("\n")
+        text = (rest if line_end else first.removeprefix("```")).rstrip().removesuffix("```")
     return text.strip()
 
 

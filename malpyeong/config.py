@@ -85,7 +85,6 @@ class GRPOTraining(Block):
     num_iterations: int = Field(gt=0)
     max_completion_length: int = Field(gt=0)
     temperature: float = Field(gt=0)
-    beta: float = Field(ge=0)
     epsilon: float = Field(gt=0)
     epsilon_high: float = Field(gt=0)
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]

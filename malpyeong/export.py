@@ -20,7 +20,8 @@ from malpyeong.records import Record, load_records
 from malpyeong.samples import DATA
 
 # What counts as the same model. In float32 only the order of sums differs. A merge in 16 bits rounds every weight
-# once more, so that near ties may fall the other way: there the likeliest next token must agree at nearly every place.
+# once more, so that near ties may fall the other way: there the likeliest next token must agree at nearly every place
+# of the adapter model's answers.
 MAX_LOGIT_DIFF = 1e-4
 MIN_AGREEMENT = 0.98
 
@@ -30,8 +31,8 @@ class Parity:
     """How the merged model compares with the adapter model.
 
     Attributes:
-        max_logit_diff: largest absolute difference over all positions of the checked prompts.
-        top_token_agreement: share of those positions at which the likeliest next token is the same.
+        max_logit_diff: largest absolute difference over all places of the checked prompts and answers.
+        top_token_agreement: share of the answers' places at which the likeliest next token is the same.
         same_answers: whether every greedy answer is the same.
         records: how many prompts were checked.
         dtype: number format of the merged weights.
@@ -79,6 +80,8 @@ def export(
     import torch
 
     from malpyeong.model import base_of_adapter, load_base, load_for_prediction, load_tokenizer, put_adapter
+    from malpyeong.predict import predict
+    from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 
     base = base or base_of_adapter(adapter)
     with new_folder(output) as folder:
@@ -93,7 +96,10 @@ def export(
                 "with --base, or use --dequantised"
             )
         model = put_adapter(model, adapter).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        logits, answers = _behaviour(model, tokenizer, check, max_new_tokens)
+        prompts = [prompt_ids(tokenizer, build_messages(record)) for record in check]
+        answers = dict(predict(model, tokenizer, check, max_new_tokens=max_new_tokens))
+        texts = [prompt + completion_ids(tokenizer, answers[place]) for place, prompt in enumerate(prompts)]
+        logits = _logits(model, texts)
         merged = model.merge_and_unload(safe_merge=True)
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -101,12 +107,14 @@ def export(
         gc.collect()
         name = str(chosen).removeprefix("torch.")
         reloaded, tokenizer = load_for_prediction(str(folder), dtype=name)
-        new_logits, new_answers = _behaviour(reloaded, tokenizer, check, max_new_tokens)
-        agreement = torch.cat([(a.argmax(-1) == b.argmax(-1))[0] for a, b in zip(logits, new_logits, strict=True)])
+        pairs = list(zip(logits, _logits(reloaded, texts), strict=True))
+        agreement = torch.cat(
+            [a.argmax(-1)[len(p) - 1 :] == b.argmax(-1)[len(p) - 1 :] for (a, b), p in zip(pairs, prompts, strict=True)]
+        )
         parity = Parity(
-            max_logit_diff=max(float((a - b).abs().max()) for a, b in zip(logits, new_logits, strict=True)),
+            max_logit_diff=max(float((a - b).abs().max()) for a, b in pairs),
             top_token_agreement=float(agreement.float().mean()),
-            same_answers=answers == new_answers,
+            same_answers=answers == dict(predict(reloaded, tokenizer, check, max_new_tokens=max_new_tokens)),
             records=len(check),
             dtype=name,
         )
@@ -121,24 +129,12 @@ def export(
     return parity
 
 
-def _behaviour(
-    model: Any,  # noqa: ANN401 -- a transformers or PEFT model
-    tokenizer: Any,  # noqa: ANN401 -- a transformers tokenizer
-    records: Sequence[Record],
-    max_new_tokens: int,
-) -> tuple[list[Any], dict[int, str]]:
-    """Return the logits over each prompt and the greedy answers."""
+def _logits(model: Any, texts: Sequence[list[int]]) -> list[Any]:  # noqa: ANN401 -- a transformers or PEFT model
+    """Return the logits over each text, of shape (tokens, vocabulary), in float32."""
     import torch
 
-    from malpyeong.predict import predict
-    from malpyeong.prompts import build_messages, prompt_ids
-
-    logits = []
-    for record in records:
-        ids = torch.tensor([prompt_ids(tokenizer, build_messages(record))], device=model.device)
-        with torch.inference_mode():
-            logits.append(model(input_ids=ids).logits.float().cpu())
-    return logits, dict(predict(model, tokenizer, records, max_new_tokens=max_new_tokens))
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in texts]
 
 
 def _weights_dtype(base: str) -> Any:  # noqa: ANN401 -- torch.dtype
@@ -148,7 +144,7 @@ def _weights_dtype(base: str) -> Any:  # noqa: ANN401 -- torch.dtype
 
     try:
         dtype = AutoConfig.from_pretrained(base).dtype
-    except OSError:
+    except (OSError, ValueError):
         raise InputError(
             f"{base}: the adapter's base model is not here; name its folder or hub id with --base"
         ) from None

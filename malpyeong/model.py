@@ -227,7 +227,8 @@ def check_lora(model: "ModelBlock") -> None:
     config = check_adapter(model.adapter)
     stated = {"r": model.lora.r, "lora_alpha": model.lora.alpha, "target_modules": set(model.lora.target_modules)}
     for key, value in stated.items():
-        found = set(config.get(key) or ()) if key == "target_modules" else config.get(key)
+        found = config.get(key)
+        found = set(found) if isinstance(found, list) else found
         if found != value:
             raise InputError(
                 f"{model.adapter}: was trained with {key}={found}, model.lora says {value}; make them agree"

@@ -58,8 +58,13 @@ def check_run(output: Path, recipe: Block, inputs: Sequence[Path], resume: bool)
             f"{output}: holds a run already; add --resume auto to go on with it, or choose another folder with "
             "training.output=…"
         )
+    try:
+        recorded = json.loads((output / "environment.json").read_text("utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError):
+        raise InputError(
+            f"{output}: its environment.json is missing or damaged; start again in another folder"
+        ) from None
     different = _differences(yaml.safe_load(config.read_text("utf-8")) or {}, recipe.model_dump(mode="json"))
-    recorded = json.loads((output / "environment.json").read_text("utf-8"))["sha256"]
     different += [name for name, value in _digests(inputs).items() if recorded.get(name) != value]
     if different:
         raise InputError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sft_dataset(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], max_length: int) -> "Dataset":
-    """Return ``input_ids`` and ``completion_mask`` (1 on the answer and its end-of-turn token) for each record.
+    """Return ``input_ids`` and ``labels`` (-100 on the prompt: the loss is on the answer and its end) for each record.
 
     Raises:
         InputError: a record has more than ``max_length`` tokens.
@@ -28,7 +28,7 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record],
     for record in records:
         prompt = prompt_ids(tokenizer, build_messages(record))
         answer = completion_ids(tokenizer, record.answer or "")
-        rows.append({"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)})
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     _check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
     return Dataset.from_list(rows)
 
@@ -69,6 +69,17 @@ def grpo_dataset(
     while len(order) < prompts:
         order += rng.sample(rows, len(rows))
     return Dataset.from_list(order[:prompts])
+
+
+def keep_adapter_in_float32(model: Any) -> None:  # noqa: ANN401 -- a PeftModel
+    """Hold the weights that are trained in float32 again.
+
+    TRL casts them to bfloat16 where the base is 4-bit. A GRPO update is smaller than bfloat16 can add to a weight,
+    and a resumed run loads them as float32, so that it would not go on to the same result.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def train(trainer: Any, checkpoint: Path | None) -> None:  # noqa: ANN401 -- a transformers Trainer

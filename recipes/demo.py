@@ -40,12 +40,15 @@ class Demo:
 
     def __init__(self, output: Path, seed: int) -> None:
         self.output, self._file = output, output / "demo.json"
-        made_of = {"seed": seed, "base_sha256": digest(TINY_BASE / "model.safetensors")}
+        inputs = [TINY_BASE / "model.safetensors", *sorted(RECIPES.glob("tiny/*.yaml")), *sorted(DATA.glob("*.json"))]
+        made_of = {"seed": seed, "sha256": {path.name: digest(path) for path in inputs}}
         self._state: dict[str, Any] = {**made_of, "seconds": {}}
         if self._file.exists():
             self._state = json.loads(self._file.read_text("utf-8"))
-            if any(self._state[key] != value for key, value in made_of.items()):
-                raise InputError(f"{output}: holds a demo of another seed or model; remove it or choose another folder")
+            if any(self._state.get(key) != value for key, value in made_of.items()):
+                raise InputError(
+                    f"{output}: holds a demo of another seed, recipe or data; remove it"
+                )
 
     @property
     def seconds(self) -> float:

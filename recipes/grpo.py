@@ -15,6 +15,7 @@ upwards later than downwards, and ``beta`` 0 needs no reference model.
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
 """
 
+import math
 import os
 
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -54,11 +55,12 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from trl import GRPOConfig, GRPOTrainer
 
-    from malpyeong.training import grpo_dataset, precision, show_progress, train
+    from malpyeong.training import grpo_dataset, keep_adapter_in_float32, precision, show_progress, train
 
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
-    completions = training.max_steps * training.batch_size * training.gradient_accumulation_steps
-    prompts = completions // (training.num_generations * training.num_iterations)
+    generations = math.ceil(training.max_steps / training.num_iterations)
+    completions = training.batch_size * training.gradient_accumulation_steps
+    prompts = generations * completions // training.num_generations
     dataset = grpo_dataset(
         tokenizer, records, model_block.max_length, training.max_completion_length, prompts, training.seed
     )
@@ -83,7 +85,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "top_k": 0,
         "min_p": None,
         "repetition_penalty": 1.0,
-        "beta": training.beta,
+        "beta": 0.0,
         "epsilon": training.epsilon,
         "epsilon_high": training.epsilon_high,
         "loss_type": training.loss_type,
@@ -117,6 +119,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         processing_class=tokenizer,
     )
     assert_arguments(trainer.args, stated)
+    keep_adapter_in_float32(trainer.model)
     show_progress(trainer)
     before = adapter_digest(trainer.model)
     start_run(output, recipe, inputs)

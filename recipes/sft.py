@@ -51,7 +51,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from malpyeong.training import precision, sft_dataset, show_progress, train
+    from malpyeong.training import keep_adapter_in_float32, precision, sft_dataset, show_progress, train
 
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {name: sft_dataset(tokenizer, records, model_block.max_length) for name, records in splits.items()}
@@ -73,7 +73,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "max_grad_norm": training.max_grad_norm,
         "optim": training.optim,
         "gradient_checkpointing": training.gradient_checkpointing,
-        "max_length": None,  # lengths are checked in sft_dataset; TRL would cut silently
+        "max_length": model_block.max_length,  # nothing is cut: sft_dataset has checked every length
         "packing": False,
         "completion_only_loss": True,
         "eval_strategy": "steps",
@@ -98,6 +98,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience)],
     )
     assert_arguments(trainer.args, stated)
+    keep_adapter_in_float32(trainer.model)
     show_progress(trainer)
     before = adapter_digest(trainer.model)
     start_run(output, recipe, inputs)

@@ -196,12 +196,12 @@ def test_training_and_prediction_see_the_same_prompt(sft_run):
     records = TRAIN[:4]
     expected = [prompt_ids(tokenizer, build_messages(record)) for record in records]
     for record, row, prompt in zip(records, sft_dataset(tokenizer, records, 768), expected, strict=True):
-        start_of_answer = row["completion_mask"].index(1)
+        start_of_answer = row["labels"].count(-100)
         assert row["input_ids"][:start_of_answer] == prompt
         answer = row["input_ids"][start_of_answer:]
         assert answer[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(answer[:-1]) == record.answer
-        assert set(row["completion_mask"][start_of_answer:]) == {1}
+        assert row["labels"] == [-100] * start_of_answer + answer
     dataset = grpo_dataset(tokenizer, records, 768, 256, prompts=4, seed=0)
     trainer = GRPOTrainer(
         model=load_base(str(TINY_BASE), torch.float32),
