@@ -75,7 +75,6 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "gradient_checkpointing": training.gradient_checkpointing,
         "max_length": model_block.max_length,  # nothing is cut: sft_dataset has checked every length
         "packing": False,
-        "completion_only_loss": True,
         "eval_strategy": "steps",
         "eval_steps": training.eval_steps,
         "save_strategy": "steps",
