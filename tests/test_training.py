@@ -213,7 +213,7 @@ def test_training_and_prediction_see_the_same_prompt(sft_run):
         train_dataset=dataset,
         processing_class=tokenizer,
     )  # fmt: skip
-    found = trainer._tokenize_prompts(dataset["prompt"])[0]
+    found = trainer._tokenize_prompts(list(dataset["prompt"]))[0]
     assert sorted(found) == sorted(expected)
 
 
