@@ -46,9 +46,7 @@ class Demo:
         if self._file.exists():
             self._state = json.loads(self._file.read_text("utf-8"))
             if any(self._state.get(key) != value for key, value in made_of.items()):
-                raise InputError(
-                    f"{output}: holds a demo of another seed, recipe or data; remove it"
-                )
+                raise InputError(f"{output}: holds a demo of another seed, recipe or data; remove it")
 
     @property
     def seconds(self) -> float:
