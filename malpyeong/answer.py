@@ -21,7 +21,7 @@ _PAIRS = {'"': '"', "'": "'", "“": "”", "‘": "’"}
 # The closing quote, the particle and the verb, as models and people write them.
 _MARKER = re.compile(
     rf"(?P<close>[{_CLOSE}“‘])\s*(?P<particle>으가|[가이]|으로|로)\s*"
-    r"(?:(?<=[가이])\s*옳다|(?<=로)\s*(?:고쳐|바꾸어|바꿔)\s*(?:쓴다|써야\s*한다))"
+    r"(?:(?<=[가이])\s+옳다|(?<=로)\s*(?:고쳐|바꾸어|바꿔)\s*(?:쓴다|써야\s*한다))"
 )
 _BARE_MARKER = re.compile(r"(?P<particle>[가이])\s+옳다")
 _JOINER = re.compile(rf"[{_CLOSE}]\s*(?P<word>혹은|또는)\s*[{_OPEN}]")
