@@ -1,15 +1,18 @@
-"""What the recipes share: datasets from records, and number formats."""
+"""What the recipes share: datasets from records, number formats, and the run from start to end."""
 
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from malpyeong.config import GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
 from malpyeong.model import pick_dtype
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 from malpyeong.records import Record
-from malpyeong.runs import has_ended
+from malpyeong.runs import adapter_digest, finish_run, has_ended, start_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,15 +85,40 @@ def keep_adapter_in_float32(model: Any) -> None:  # noqa: ANN401 -- a PeftModel
             parameter.data = parameter.data.float()
 
 
-def train(trainer: Any, checkpoint: Path | None) -> None:  # noqa: ANN401 -- a transformers Trainer
-    """Train, from a checkpoint if there is one; one that was written at the very end is only loaded."""
+def train(
+    trainer: Any,  # noqa: ANN401 -- a transformers Trainer
+    tokenizer: "PreTrainedTokenizerBase",
+    recipe: SFTRecipe | GRPORecipe,
+    inputs: Sequence[Path],
+    checkpoint: Path | None,
+) -> None:
+    """Train, and leave a complete run's folder.
+
+    Args:
+        trainer: an SFTTrainer or GRPOTrainer.
+        tokenizer: saved beside the adapter.
+        recipe: written down in the run's folder.
+        inputs: files that the run is made from.
+        checkpoint: where to go on from; one that was written at the very end is only loaded.
+
+    Raises:
+        RuntimeError: nothing was learnt.
+    """
     from transformers import TrainerState
 
+    output = Path(recipe.training.output)
+    keep_adapter_in_float32(trainer.model)
+    show_progress(trainer)
+    before = adapter_digest(trainer.model)
+    start_run(output, recipe, inputs)
+    if checkpoint is not None:
+        click.echo(f"going on from {checkpoint}")
     if checkpoint is not None and has_ended(checkpoint):
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finish_run(output, trainer.model, tokenizer, recipe.model.name, before, trainer.state.log_history)
 
 
 # What a step's line shows, in this order; everything else is in log.json.

@@ -29,7 +29,7 @@ from malpyeong.model import check_adapter, choose_backend, load_for_training
 from malpyeong.prompts import TEMPLATE_OPTIONS
 from malpyeong.records import load_records
 from malpyeong.rewards import REWARDS
-from malpyeong.runs import adapter_digest, assert_arguments, check_run, finish_run, start_run
+from malpyeong.runs import assert_arguments, check_run
 
 
 @click.command()
@@ -55,7 +55,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from trl import GRPOConfig, GRPOTrainer
 
-    from malpyeong.training import grpo_dataset, keep_adapter_in_float32, precision, show_progress, train
+    from malpyeong.training import grpo_dataset, precision, train
 
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     generations = math.ceil(training.max_steps / training.num_iterations)
@@ -119,14 +119,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         processing_class=tokenizer,
     )
     assert_arguments(trainer.args, stated)
-    keep_adapter_in_float32(trainer.model)
-    show_progress(trainer)
-    before = adapter_digest(trainer.model)
-    start_run(output, recipe, inputs)
-    if checkpoint:
-        click.echo(f"going on from {checkpoint}")
-    train(trainer, checkpoint)
-    finish_run(output, trainer.model, tokenizer, model_block.name, before, trainer.state.log_history)
+    train(trainer, tokenizer, recipe, inputs, checkpoint)
     click.echo(f"{output / 'adapter'}: {trainer.state.global_step} steps")
 
 

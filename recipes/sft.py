@@ -24,7 +24,7 @@ import click
 from malpyeong.config import SFTRecipe, load_recipe
 from malpyeong.model import check_adapter, choose_backend, load_for_training
 from malpyeong.records import load_records
-from malpyeong.runs import adapter_digest, assert_arguments, check_run, finish_run, start_run
+from malpyeong.runs import assert_arguments, check_run
 
 
 @click.command()
@@ -51,7 +51,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from malpyeong.training import keep_adapter_in_float32, precision, sft_dataset, show_progress, train
+    from malpyeong.training import precision, sft_dataset, train
 
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {name: sft_dataset(tokenizer, records, model_block.max_length) for name, records in splits.items()}
@@ -97,14 +97,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience)],
     )
     assert_arguments(trainer.args, stated)
-    keep_adapter_in_float32(trainer.model)
-    show_progress(trainer)
-    before = adapter_digest(trainer.model)
-    start_run(output, recipe, inputs)
-    if checkpoint:
-        click.echo(f"going on from {checkpoint}")
-    train(trainer, checkpoint)
-    finish_run(output, trainer.model, tokenizer, model_block.name, before, trainer.state.log_history)
+    train(trainer, tokenizer, recipe, inputs, checkpoint)
     best = trainer.state.best_metric
     click.echo(f"{output / 'adapter'}: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
 
