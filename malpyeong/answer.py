@@ -27,6 +27,12 @@ _BARE_MARKER = re.compile(r"(?P<particle>[가이])\s+옳다")
 _JOINER = re.compile(rf"[{_CLOSE}]\s*(?P<word>혹은|또는)\s*[{_OPEN}]")
 _SENTENCE_END = re.compile(r"[.!?。…](?:[\"'”’)\]」』])*\Z")
 
+# What no reason that means something looks like; each has been tried by a model against its reward.
+MAX_REASON_CHARS = 600  # the contest's longest gold reason has 305
+_REPEATED = re.compile(r"(?<!\S)(\S+(?:\s+\S+){0,9}?)(?:\s+\1){2,}(?!\S)|([가-힣]{1,10}?)\2{5,}")
+_DECOMPOSED = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # one syllable block in pieces; old Hangul is not matched
+_JAMO = re.compile("[\u1100-\u11ff\u3131-\u318e]")
+
 _DIGITS_WITH_FINAL_CONSONANT = frozenset("013678")  # 영 일 삼 육 칠 팔
 
 
@@ -164,6 +170,19 @@ def format_problem(text: str) -> str | None:
         return "the contest's split falls elsewhere (a second 가 옳다 / 이 옳다)"
     if not _SENTENCE_END.search(reason):
         return "reason is cut off (does not end in a period)"
+    return _reason_problem(reason)
+
+
+def _reason_problem(reason: str) -> str | None:
+    if len(reason) > MAX_REASON_CHARS:
+        return f"reason has more than {MAX_REASON_CHARS} characters"
+    if _REPEATED.search(reason):
+        return "reason repeats the same words"
+    if _DECOMPOSED.search(reason):
+        return "reason has syllables in pieces (text that went through NFD)"
+    letters = sum(character.isalpha() for character in reason)
+    if 2 * len(_JAMO.findall(reason)) > letters:
+        return "reason is mostly loose jamo"
     return None
 
 

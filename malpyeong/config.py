@@ -64,15 +64,30 @@ class SFTTraining(Block):
     logging_steps: int = Field(gt=0)
 
 
+class ScorersBlock(Block):
+    """Models of the rewards ``bertscore``, ``bleurt`` and ``official``: hub ids or folders, and where they run."""
+
+    bertscore: str | None = None
+    bleurt: str | None = None
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["float32", "float16", "bfloat16"]
+
+
 class GRPOData(Block):
     """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``)."""
 
     train: str
     rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    scorers: ScorersBlock | None = None
 
 
 class GRPOTraining(Block):
-    """How the GRPO stage trains."""
+    """How the GRPO stage trains.
+
+    ``multi_objective_aggregation``: ``sum_then_normalize`` weighs and adds the rewards, then subtracts the group's mean
+    and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
+    spread within the group first. ``min_spread``: see :class:`malpyeong.rewards.RewardRun`.
+    """
 
     output: str
     seed: int
@@ -89,6 +104,8 @@ class GRPOTraining(Block):
     epsilon_high: float = Field(gt=0)
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
     scale_rewards: Literal["group", "batch", "none"]
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    min_spread: float = Field(ge=0)
     mask_truncated_completions: bool
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
@@ -130,11 +147,16 @@ class GRPORecipe(Block):
 
     @model_validator(mode="after")
     def _known_rewards(self) -> "GRPORecipe":
-        from malpyeong.rewards import REWARDS
+        from malpyeong.rewards import NEEDS, REWARDS
 
         for name in self.data.rewards:
             if name not in REWARDS:
                 raise ValueError(f"data.rewards.{name}: unknown reward{_hint(name, REWARDS)}")
+            for model in NEEDS.get(name, ()):
+                if getattr(self.data.scorers, model, None) is None:
+                    raise ValueError(
+                        f"data.rewards.{name}: needs data.scorers.{model}, the hub id or folder of a model"
+                    )
         return self
 
 

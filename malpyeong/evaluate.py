@@ -1,27 +1,40 @@
 """Score a prediction file against a gold file: ``python -m malpyeong.evaluate GOLD PRED``."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from malpyeong.errors import printable
+from malpyeong.errors import InputError, printable
 from malpyeong.records import check_same_questions, load_records
-from malpyeong.scoring.report import METRICS, RecordScore, score_records, summarise
+from malpyeong.scoring.report import AVERAGES, METRICS, RecordScore, compare, confidence, score_records, summarise
+
+if TYPE_CHECKING:
+    from malpyeong.scoring.pairs import PairScorer
 
 _COLUMNS = {
     "exact_match": "EM",
     "rouge_1": "ROUGE-1",
+    "bertscore": "BERTScore",
+    "bleurt": "BLEURT",
+    "descriptive_avg": "descriptive",
+    "final_score": "final",
     "format_rate": "format",
     "missing_reasons": "no reason",
 }
 
 
-def evaluate(gold: Path, prediction: Path, metrics: tuple[str, ...] = METRICS) -> list[RecordScore]:
+def evaluate(
+    gold: Path,
+    prediction: Path,
+    metrics: Sequence[str] = ("em", "rouge1"),
+    scorers: Mapping[str, "PairScorer"] | None = None,
+) -> list[RecordScore]:
     """Load two files, check that they hold the same questions, and score every record.
 
     Raises:
@@ -30,7 +43,46 @@ def evaluate(gold: Path, prediction: Path, metrics: tuple[str, ...] = METRICS) -
     golds = load_records(gold, answers="gold")
     predictions = load_records(prediction, answers="prediction")
     check_same_questions(golds, predictions, gold, prediction)
-    return score_records(golds, [record.answer or "" for record in predictions], metrics)
+    return score_records(golds, [record.answer or "" for record in predictions], metrics, scorers)
+
+
+def load_scorers(
+    metrics: Sequence[str], bertscore: str | None, bleurt: str | None, device: str
+) -> tuple[dict[str, "PairScorer"], dict[str, str]]:
+    """Load the models of BERTScore and BLEURT where those are asked for.
+
+    Returns:
+        (scorers, missing): the loaded ones, and for each that is not on this machine what to do about it.
+    """
+    from malpyeong.scoring.bertscore import BERTSCORE_MODEL, BERTScore
+    from malpyeong.scoring.bleurt import BLEURT, BLEURT_MODEL
+    from malpyeong.scoring.pairs import MissingModelError
+
+    found: dict[str, PairScorer] = {}
+    missing = {}
+    for metric, kind, model in (
+        ("bertscore", BERTScore, bertscore or BERTSCORE_MODEL),
+        ("bleurt", BLEURT, bleurt or BLEURT_MODEL),
+    ):
+        if metric in metrics:
+            try:
+                found[metric] = kind(model, device=device)
+            except MissingModelError as error:
+                missing[metric] = error.message
+    return found, missing
+
+
+def load_categories(path: Path) -> dict[str, str]:
+    """Read a JSON object of record id → category, or → an object with a ``category``.
+
+    Raises:
+        InputError: it cannot be read or is of another form.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        return {str(id_): str(value["category"] if isinstance(value, dict) else value) for id_, value in values.items()}
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise InputError(f'{path}: is not a JSON object like {{"1": "띄어쓰기", "2": "문장 부호"}}') from None
 
 
 def _parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
@@ -51,20 +103,53 @@ def _parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[s
     callback=_parse_metrics,
     help="Comma-separated; any of these.",
 )
+@click.option("--against", type=click.Path(path_type=Path), help="Another prediction file to compare PRED with.")
+@click.option("--labels", type=click.Path(path_type=Path), help="JSON of record id → norm category, to average by.")
+@click.option("--bertscore-model", help="Hub id or folder; the contest's bert-base-multilingual-cased if not given.")
+@click.option("--bleurt-model", help="Hub id or folder; the contest's BLEURT-20 if not given.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--worst", default=5, show_default=True, help="How many of the worst records to show.")
-def main(gold: Path, prediction: Path, metrics: tuple[str, ...], as_json: bool, worst: int) -> None:
+def main(
+    gold: Path,
+    prediction: Path,
+    metrics: tuple[str, ...],
+    against: Path | None,
+    labels: Path | None,
+    bertscore_model: str | None,
+    bleurt_model: str | None,
+    device: str,
+    as_json: bool,
+    worst: int,
+) -> None:
     """Score PRED against GOLD as the contest does (2025 rules).
 
-    Both are contest files (JSON list or JSONL) with the same ids in the same order.
+    Both are contest files (JSON list or JSONL) with the same ids in the same order. BERTScore and BLEURT need
+    models; where one is not on this machine the report is given without it and says so.
     """
-    scores = evaluate(gold, prediction, metrics)
-    summary = summarise(scores, metrics)
+    categories = load_categories(labels) if labels else None
+    evaluate(gold, prediction, ("em",))  # defects of the files first: models take long to load
+    if against:
+        evaluate(gold, against, ("em",))
+    scorers, missing = load_scorers(metrics, bertscore_model, bleurt_model, device)
+    for metric, message in missing.items():
+        click.echo(f"{metric} is left out. {message}", err=True)
+    metrics = tuple(metric for metric in metrics if metric not in missing)
+    scores = evaluate(gold, prediction, metrics, scorers)
+    summary = summarise(scores, metrics, categories)
+    summary["confidence_95"] = confidence(scores, metrics)
+    summary["left_out"] = sorted(missing)
+    if against:
+        summary["comparison"] = compare(scores, evaluate(gold, against, metrics, scorers), metrics)
     if as_json:
         click.echo(json.dumps(summary, ensure_ascii=False, indent=2))
         return
     console = Console()
     console.print(_summary_table(summary))
+    if missing:
+        console.print(f"[bold]partial report[/bold]: without {', '.join(missing)} there is no final score")
+    if against:
+        _print_comparison(console, summary["comparison"], against)
     if worst > 0:
         _print_worst(console, scores, worst)
 
@@ -75,13 +160,35 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     table.add_column("records", justify="right")
     for name in _COLUMNS.values():
         table.add_column(name, justify="right")
-    for title, part in {"all": summary, **summary["by_question_type"]}.items():
+    parts = {"all": summary, **summary["by_question_type"], **summary.get("by_category", {})}
+    for title, part in parts.items():
         table.add_row(title, str(part["records"]), *(_cell(part[key]) for key in _COLUMNS))
+    interval = summary["confidence_95"]
+    bounds = ("–".join(f"{bound:.3f}" for bound in interval[key]) if key in interval else "" for key in _COLUMNS)
+    table.add_row("95 %", "", *bounds)
     return table
 
 
 def _cell(value: float | None) -> str:
     return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _print_comparison(console: Console, comparison: dict[str, Any], other: Path) -> None:
+    table = Table(title=f"difference to {printable(str(other))} (paired bootstrap)")
+    for name in ("", "difference", "95 %", "p (not better)"):
+        table.add_column(name, justify="left" if not name else "right")
+    for key in AVERAGES:
+        if key in comparison["difference"]:
+            row = comparison["difference"][key]
+            low, high = row["confidence_95"]
+            table.add_row(_COLUMNS[key], f"{row['value']:+.4f}", f"{low:+.3f} to {high:+.3f}", f"{row['p']:.3f}")
+    console.print(table)
+    console.print(f"{comparison['changed_answers']} answers differ")
+    for name, word in (("em_gained", "now right"), ("em_lost", "no longer right")):
+        ids = comparison[name]
+        if ids:
+            shown = ", ".join(printable(id_) for id_ in ids[:20]) + (" …" if len(ids) > 20 else "")
+            console.print(Text(f"{word} ({len(ids)}): {shown}"))
 
 
 def _print_worst(console: Console, scores: list[RecordScore], count: int) -> None:

@@ -126,10 +126,11 @@ _SHOWN = {
     "loss": "loss",
     "eval_loss": "dev loss",
     "reward": "reward",
-    "frac_reward_zero_std": "dead groups",
+    "dead_groups": "dead groups",
     "completions/mean_length": "tokens",
     "completions/clipped_ratio": "cut off",
     "grad_norm": "gradient",
+    "reward_seconds": "reward seconds",
 }
 
 

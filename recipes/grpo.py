@@ -9,6 +9,7 @@ each); an answer's advantage is its weighted reward less its group's mean. Where
 upwards later than downwards, and ``beta`` 0 needs no reference model.
 
 - Rewards are the scorers that the leaderboard uses, cut by the contest's literal split (``malpyeong/rewards.py``).
+- Logged beside TRL's metrics: dead groups, each reward's spread within a group, seconds that the rewards took.
 - Prompts that do not fit ``model.max_length`` with a whole completion are an error, never cut.
 - ``--resume auto`` goes on from the last complete checkpoint to the same result as an uninterrupted run.
 
@@ -17,6 +18,7 @@ Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the da
 
 import math
 import os
+import time
 
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 
@@ -28,7 +30,7 @@ from malpyeong.config import GRPORecipe, load_recipe
 from malpyeong.model import check_adapter, choose_backend, load_for_training
 from malpyeong.prompts import TEMPLATE_OPTIONS
 from malpyeong.records import load_records
-from malpyeong.rewards import REWARDS
+from malpyeong.rewards import RewardRun, load_models
 from malpyeong.runs import assert_arguments, check_run
 
 
@@ -57,6 +59,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     from malpyeong.training import grpo_dataset, precision, train
 
+    models = load_models(weights, recipe.data.scorers)
+    for name, scorer in models.items():
+        click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
+    rewards = RewardRun(weights, training.num_generations, models, training.min_spread)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     generations = math.ceil(training.max_steps / training.num_iterations)
     completions = training.batch_size * training.gradient_accumulation_steps
@@ -91,7 +97,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "loss_type": training.loss_type,
         "importance_sampling_level": "token",
         "scale_rewards": training.scale_rewards,
-        "multi_objective_aggregation": "sum_then_normalize",
+        "multi_objective_aggregation": training.multi_objective_aggregation,
         "reward_weights": list(weights.values()),
         "mask_truncated_completions": training.mask_truncated_completions,
         "shuffle_dataset": False,  # shuffled in grpo_dataset, so that a resumed run sees the same order
@@ -113,14 +119,16 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     }
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=[REWARDS[name] for name in weights],
+        reward_funcs=rewards.functions,
         args=GRPOConfig(**stated),
         train_dataset=dataset,
         processing_class=tokenizer,
     )
     assert_arguments(trainer.args, stated)
+    start = time.perf_counter()
     train(trainer, tokenizer, recipe, inputs, checkpoint)
-    click.echo(f"{output / 'adapter'}: {trainer.state.global_step} steps")
+    share = rewards.seconds / (time.perf_counter() - start)
+    click.echo(f"{output / 'adapter'}: {trainer.state.global_step} steps; the rewards took {share:.1%} of the time")
 
 
 if __name__ == "__main__":

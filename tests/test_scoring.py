@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.random_scorers import make_bleurt, make_encoder
 from malpyeong.answer import contest_split
 from malpyeong.records import Record
 from malpyeong.scoring.exact_match import exact_match, normalise
-from malpyeong.scoring.report import score_records, summarise
+from malpyeong.scoring.report import METRICS, compare, confidence, score_records, summarise
 from malpyeong.scoring.rouge import MorphemeTokenizer, rouge_1
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "official_scorer.json").read_text("utf-8"))
@@ -90,7 +91,12 @@ def test_evaluate_prints_one_json_object(contest_file, run_module):
         "missing_reasons",
         "format_rate",
         "by_question_type",
+        "confidence_95",
+        "left_out",
     ]
+    assert summary["left_out"] == ["bertscore", "bleurt"]  # their models are not here, and cannot be downloaded
+    assert "hf download bert-base-multilingual-cased" in result.stderr
+    assert summary["final_score"] is None
     assert summary["exact_match"] == 0.5
     only_em = json.loads(run_module("-m", "malpyeong.evaluate", gold, prediction, "--json", "--metrics", "em").stdout)
     assert only_em["rouge_1"] is None
@@ -107,3 +113,103 @@ def test_evaluate_shows_the_worst_records_and_survives_hostile_text(contest_file
     assert "\x1b[31m" not in result.stdout
     assert "\u202e" not in result.stdout
     assert "<script>" in result.stdout
+
+
+def record(id_, answer, kind="선택형"):
+    return Record(id_, kind, "질문", answer)
+
+
+class Lengths:
+    """Stands in for a network: any function of two texts will do for averages."""
+
+    def score(self, candidates, references):
+        return [len(a) / (len(a) + len(b)) for a, b in zip(candidates, references, strict=True)]
+
+
+SCORERS = {"bertscore": Lengths(), "bleurt": Lengths()}
+
+
+def scored(*answers):
+    golds = [record(str(n), f'"가{n}."가 옳다. 두 단어는 띄어 쓴다.') for n in range(len(answers))]
+    return score_records(golds, list(answers), tuple(METRICS), SCORERS)
+
+
+def test_the_final_score_is_the_contests_formula():
+    scores = scored('"가0."가 옳다. 두 단어는 붙여 쓴다.', '"나."가 옳다. 그렇다.', '"가2."가 옳다.')
+    summary = summarise(scores, tuple(METRICS))
+    assert summary["exact_match"] == pytest.approx(2 / 3)
+    parts = {}
+    for name in ("rouge_1", "bertscore", "bleurt"):
+        values = [getattr(score, name) for score in scores]
+        assert values[2] is None  # no reason: left out of the average
+        parts[name] = sum(values[:2]) / 2
+        assert summary[name] == pytest.approx(parts[name])
+    assert summary["descriptive_avg"] == pytest.approx(sum(parts.values()) / 3)
+    assert summary["final_score"] == pytest.approx((2 / 3 + sum(parts.values()) / 3) / 2)
+    assert summarise(scores, ("em", "rouge1", "bleurt"))["final_score"] is None
+
+
+def test_by_category_and_confidence():
+    scores = scored(*(f'"가{n if n % 4 else "나"}."가 옳다. 두 단어는 띄어 쓴다.' for n in range(200)))
+    categories = {str(n): ("띄어쓰기" if n % 2 else "문장 부호") for n in range(199)}
+    summary = summarise(scores, tuple(METRICS), categories)
+    assert summary["by_category"]["띄어쓰기"]["exact_match"] == 1.0
+    assert summary["by_category"]["문장 부호"]["exact_match"] == pytest.approx(0.5)
+    assert summary["by_category"]["?"]["records"] == 1
+    low, high = confidence(scores, tuple(METRICS))["exact_match"]
+    # The standard error of 0.75 over 200 records is 0.0306.
+    assert low == pytest.approx(0.75 - 1.96 * 0.0306, abs=0.01)
+    assert high == pytest.approx(0.75 + 1.96 * 0.0306, abs=0.01)
+    assert confidence(scores, ("em",)) == {"exact_match": [low, high]}
+    assert confidence([], ("em",)) == {"exact_match": [0.0, 0.0]}
+
+
+def test_comparison_is_paired():
+    worse = [f'"{"나" if n % 10 == 0 else f"가{n}"}."가 옳다. 두 단어는 띄어 쓴다.' for n in range(100)]
+    better = [f'"{"나" if n % 20 == 0 else f"가{n}"}."가 옳다. 두 단어는 띄어 쓴다.' for n in range(100)]
+    found = compare(scored(*better), scored(*worse), tuple(METRICS))
+    assert found["difference"]["exact_match"]["value"] == pytest.approx(0.05)
+    # Unpaired, the interval of 0.95 against 0.90 would reach far below 0.
+    assert found["difference"]["exact_match"]["confidence_95"][0] > 0
+    assert found["difference"]["exact_match"]["p"] < 0.05
+    assert found["difference"]["final_score"]["value"] == pytest.approx(0.025)
+    assert found["em_gained"] == ["10", "30", "50", "70", "90"]
+    assert found["em_lost"] == []
+    assert found["changed_answers"] == 5
+    assert compare(scored(*worse), scored(*worse), ("em",))["difference"]["exact_match"]["p"] == 1.0
+
+
+def test_evaluate_with_all_metrics_and_a_comparison(contest_file, run_module, tmp_path):
+    encoder = make_encoder(tmp_path / "인코더", hidden=32, vocabulary=600, words=500)
+    bleurt = make_bleurt(tmp_path / "bleurt", hidden=24, layers=2, heads=2, embedding=8, vocabulary=1_500, pieces=1_300)
+    gold = contest_file("gold.json", {"1": '"가."가 옳다. 띄어 쓴다.', "2": '"나."가 옳다. 붙여 쓴다.'})
+    first = contest_file("pred.json", {"1": '"가."가 옳다. 띄어 쓴다.', "2": '"나."가 옳다. 이유다.'})
+    other = contest_file("other.json", {"1": '"가."가 옳다. 띄어 쓴다.', "2": '"다."가 옳다. 이유다.'})
+    labels = tmp_path / "labels.json"
+    labels.write_text('{"1": {"category": "띄어쓰기"}, "2": "문장 부호"}', encoding="utf-8")
+    models = ("--bertscore-model", encoder, "--bleurt-model", bleurt, "--device", "cpu")
+    command = ("-m", "malpyeong.evaluate", gold, first, *models, "--against", other, "--labels", labels)
+    result = run_module(*command, "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["left_out"] == []
+    assert summary["final_score"] == pytest.approx((summary["exact_match"] + summary["descriptive_avg"]) / 2)
+    assert summary["comparison"]["em_gained"] == ["2"]
+    assert set(summary["by_category"]) == {"띄어쓰기", "문장 부호"}
+    table = run_module(*command)
+    assert table.returncode == 0, table.stderr
+    assert "now right (1): 2" in table.stdout
+    assert "partial" not in table.stdout
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("[1]", encoding="utf-8")
+    result = run_module("-m", "malpyeong.evaluate", gold, first, "--labels", damaged)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_a_report_without_models_is_marked_partial(contest_file, run_module):
+    gold = contest_file("gold.json", {"1": '"가."가 옳다. 이유다.'})
+    result = run_module("-m", "malpyeong.evaluate", gold, gold)
+    assert result.returncode == 0, result.stderr
+    assert "partial report" in result.stdout
+    assert "hf download lucadiliello/BLEURT-20" in result.stderr

@@ -1,6 +1,7 @@
 """Real runs of the recipes with the tiny model: learning, resuming after a kill, 4-bit weights, merging."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.random_scorers import make_bleurt, make_encoder
 from malpyeong.answer import contest_split
 from malpyeong.config import GRPORecipe, load_recipe
 from malpyeong.errors import InputError
@@ -116,6 +118,31 @@ def test_grpo_changes_the_adapter_and_logs_every_component(sft_run, grpo_run):
         for name in ("format", "exact_match", "rouge_1"):
             assert 0 <= row[f"rewards/{name}/mean"] <= 1
     assert max(row["rewards/rouge_1/mean"] for row in steps) > 0
+
+
+def test_grpo_with_all_of_the_contests_metrics(data, sft_run, tmp_path):
+    encoder = make_encoder(tmp_path / "인코더", hidden=32, vocabulary=1_000, words=900)
+    bleurt = make_bleurt(tmp_path / "bleurt", hidden=24, layers=2, heads=2, embedding=8, vocabulary=1_500, pieces=1_300)
+    scorers = {"bertscore": str(encoder), "bleurt": str(bleurt), "device": "cpu", "dtype": "float32"}
+    rewards = {"format": 0.2, "exact_match": 1, "rouge_1": 1, "bertscore": 1, "bleurt": 1, "official": 0}
+    output = finish(
+        start(
+            *grpo_command(data, tmp_path / "run", sft_run / "adapter", "training.max_steps=2"),
+            f"data.rewards={json.dumps(rewards)}",
+            f"data.scorers={json.dumps(scorers)}",
+            "training.multi_objective_aggregation=normalize_then_sum",
+        )
+    )
+    assert "MiB of weights on cpu" in output
+    assert re.search(r"the rewards took \d+\.\d% of the time", output)
+    steps = [row for row in json.loads((tmp_path / "run" / "log.json").read_text("utf-8")) if "reward" in row]
+    assert len(steps) == 2
+    for row in steps:
+        for name in rewards:
+            assert f"rewards/{name}/mean" in row
+            assert row[f"spread/{name}"] >= 0
+        assert 0 <= row["dead_groups"] <= 1
+        assert 0 < row["reward_seconds"] < row["step_time"]
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])

@@ -1,0 +1,153 @@
+"""BERTScore (Zhang et al. 2020, https://arxiv.org/abs/1904.09675) with the contest's settings.
+
+``bert-base-multilingual-cased``, layer 9 (bert-score's choice for that model), no idf weights, no rescaling, F1. The
+encoder's input and the matching are the bert-score package's own; what is ours is around them: batches of like
+length, references embedded once in a run instead of once a pair, and two repairs for transformers 5 (an empty text
+called a tokenizer method that is gone; a tokenizer without a length limit overflowed).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cachetools import LRUCache
+
+from malpyeong.errors import InputError
+from malpyeong.scoring.pairs import (
+    Pair,
+    PairScorer,
+    batches,
+    max_padded,
+    model_file,
+    pick_device,
+    quiet_loading,
+    weight_bytes,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+BERTSCORE_MODEL = "bert-base-multilingual-cased"
+LAYER = 9
+MAX_TOKENS = 512
+_REFERENCE_TOKENS = 100_000  # of 768 floats each: 300 MB; the contest's 622 references have about 60,000 tokens
+_CHUNK = 1_024  # pairs whose references are held together
+
+
+class BERTScore(PairScorer):
+    """BERTScore F1 of (candidate, reference) pairs; 0.0 where either is empty.
+
+    Args:
+        model: hub id or folder of a BERT-like encoder with at least nine layers.
+        device: ``cpu``, ``cuda``, or ``auto``: the GPU if there is one.
+        dtype: of weights and embeddings; float32 for a score that is reported.
+
+    Raises:
+        MissingModelError: the model is not here and cannot be downloaded.
+        InputError: it has too few layers, or its tokenizer knows no Korean.
+    """
+
+    def __init__(self, model: str = BERTSCORE_MODEL, device: str = "auto", dtype: str = "float32") -> None:
+        super().__init__()
+        model_file(model, "config.json")
+        import torch
+        from safetensors import SafetensorError
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        try:
+            config: Any = AutoConfig.from_pretrained(model)
+            if config.num_hidden_layers < LAYER:
+                raise InputError(
+                    f"{model}: has {config.num_hidden_layers} layers; the contest scores with layer {LAYER}"
+                )
+            config.num_hidden_layers = LAYER
+            with quiet_loading():
+                self._model: Any = AutoModel.from_pretrained(model, config=config, dtype=getattr(torch, dtype))
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{model}: cannot be loaded for BERTScore ({str(error).strip()[:200]})") from None
+        known = self._tokenizer("옳은 문장", add_special_tokens=False)["input_ids"]
+        if all(token == self._tokenizer.unk_token_id for token in known):
+            raise InputError(
+                f"{model}: its tokenizer reads Korean as unknown tokens; save the model with its tokenizer.json"
+            )
+        self.device = pick_device(device)
+        self._model.to(self.device).eval()
+        self.weight_bytes = weight_bytes(self._model)
+        self._references: LRUCache[str, tuple[torch.Tensor, torch.Tensor]] = LRUCache(
+            _REFERENCE_TOKENS, getsizeof=lambda embedded: len(embedded[1])
+        )
+        self._idf: defaultdict[int, float] = defaultdict(lambda: 1.0)
+        self._idf.update({self._tokenizer.cls_token_id: 0.0, self._tokenizer.sep_token_id: 0.0})
+
+    def _score_new(self, pairs: Sequence[Pair]) -> list[float]:
+        scores = [0.0] * len(pairs)
+        filled = [index for index, pair in enumerate(pairs) if all(text.strip() for text in pair)]
+        for start in range(0, len(filled), _CHUNK):
+            chunk = filled[start : start + _CHUNK]
+            references = self._embed_references({pairs[index][1] for index in chunk})
+            # A token covers a character or more, so characters bound what a batch holds.
+            lengths = [min(len(pairs[index][0]) + 2, MAX_TOKENS) for index in chunk]
+            for batch in batches(lengths, max_padded(self.device)):
+                rows = [chunk[place] for place in batch]
+                candidates = self._embed([pairs[row][0] for row in rows])
+                for row, score in zip(
+                    rows, self._match([references[pairs[row][1]] for row in rows], candidates), strict=True
+                ):
+                    scores[row] = score
+        return scores
+
+    def _embed_references(self, texts: set[str]) -> dict[str, tuple["torch.Tensor", "torch.Tensor"]]:
+        found = {text: self._references[text] for text in sorted(texts) if text in self._references}
+        new = sorted(texts - found.keys())
+        for batch in batches([min(len(text) + 2, MAX_TOKENS) for text in new], max_padded(self.device)):
+            chosen = [new[index] for index in batch]
+            found.update(zip(chosen, self._embed(chosen), strict=True))
+        self._references.update(found)
+        return found
+
+    def _embed(self, texts: Sequence[str]) -> list[tuple["torch.Tensor", "torch.Tensor"]]:
+        """Return (embeddings, weights) of each text, of shapes (tokens, hidden) and (tokens,), without padding."""
+        embeddings, mask, weights = _bert_score().get_bert_embedding(
+            list(texts), self._model, self._tokenizer, self._idf, device=self.device
+        )
+        return [
+            (embedding[:length].clone(), weight[:length])
+            for embedding, weight, length in zip(embeddings, weights, mask.sum(dim=1).tolist(), strict=True)
+        ]
+
+    def _match(
+        self,
+        references: Sequence[tuple["torch.Tensor", "torch.Tensor"]],
+        candidates: Sequence[tuple["torch.Tensor", "torch.Tensor"]],
+    ) -> list[float]:
+        import torch
+
+        with torch.no_grad():
+            _, _, f1 = _bert_score().greedy_cos_idf(*_pad(references), *_pad(candidates))
+        return [float(score) for score in f1]
+
+
+def _pad(
+    embedded: Sequence[tuple["torch.Tensor", "torch.Tensor"]],
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    """Return embeddings, mask and weights as bert-score's matching takes them; padding must not be a zero vector."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    embeddings = pad_sequence([embedding for embedding, _ in embedded], batch_first=True, padding_value=2.0)
+    weights = pad_sequence([weight for _, weight in embedded], batch_first=True)
+    mask = pad_sequence([weight.new_ones(len(weight)) for _, weight in embedded], batch_first=True)
+    return embeddings, mask.to(embeddings.device), weights
+
+
+def _bert_score() -> Any:  # noqa: ANN401 -- a module without types
+    from bert_score import utils
+
+    utils.sent_encode = _encode
+    return utils
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 -- a transformers tokenizer
+    limit = min(tokenizer.model_max_length, MAX_TOKENS)
+    ids: list[int] = tokenizer.encode(text.strip(), add_special_tokens=True, truncation=True, max_length=limit)
+    return ids
