@@ -181,6 +181,8 @@ def _reason_problem(reason: str) -> str | None:
     if _DECOMPOSED.search(reason):
         return "reason has syllables in pieces (text that went through NFD)"
     letters = sum(character.isalpha() for character in reason)
+    if not letters:
+        return "no reason"
     if 2 * len(_JAMO.findall(reason)) > letters:
         return "reason is mostly loose jamo"
     return None

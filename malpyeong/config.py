@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,11 +18,22 @@ class Block(BaseModel):
 
 
 class LoraBlock(Block):
-    """LoRA adapter: rank, scale and where it goes. Dropout is always 0 (rollouts are sampled in train mode)."""
+    """LoRA adapter: rank, scale and where it goes. Dropout is always 0 (rollouts are sampled in train mode).
+
+    ``train`` names the target modules whose part of the adapter is trained in this stage; all if it is not given.
+    """
 
     r: int = Field(gt=0)
     alpha: int = Field(gt=0)
     target_modules: list[str] = Field(min_length=1)
+    train: list[str] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _train_what_is_there(self) -> "LoraBlock":
+        for name in self.train or ():
+            if name not in self.target_modules:
+                raise ValueError(f"train: {name} is not one of target_modules{_hint(name, self.target_modules)}")
+        return self
 
 
 class ModelBlock(Block):
@@ -149,6 +160,8 @@ class GRPORecipe(Block):
     def _known_rewards(self) -> "GRPORecipe":
         from malpyeong.rewards import NEEDS, REWARDS
 
+        if not any(self.data.rewards.values()):
+            raise ValueError("data.rewards: every weight is 0; nothing would be learnt")
         for name in self.data.rewards:
             if name not in REWARDS:
                 raise ValueError(f"data.rewards.{name}: unknown reward{_hint(name, REWARDS)}")
@@ -227,9 +240,12 @@ def _explain(error: ValidationError, kind: type[Block]) -> str:
 def _fields_at(kind: type[Block], place: Sequence[str]) -> list[str]:
     for part in place:
         annotation = kind.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, Block)):
+        blocks = [
+            one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, Block)
+        ]
+        if not blocks:
             return []
-        kind = annotation
+        kind = blocks[0]
     return list(kind.model_fields)
 
 

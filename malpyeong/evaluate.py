@@ -160,9 +160,9 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     table.add_column("records", justify="right")
     for name in _COLUMNS.values():
         table.add_column(name, justify="right")
-    parts = {"all": summary, **summary["by_question_type"], **summary.get("by_category", {})}
-    for title, part in parts.items():
-        table.add_row(title, str(part["records"]), *(_cell(part[key]) for key in _COLUMNS))
+    parts = [("all", summary), *summary["by_question_type"].items(), *summary.get("by_category", {}).items()]
+    for title, part in parts:
+        table.add_row(Text(printable(title)), str(part["records"]), *(_cell(part[key]) for key in _COLUMNS))
     interval = summary["confidence_95"]
     bounds = ("–".join(f"{bound:.3f}" for bound in interval[key]) if key in interval else "" for key in _COLUMNS)
     table.add_row("95 %", "", *bounds)
@@ -174,7 +174,7 @@ def _cell(value: float | None) -> str:
 
 
 def _print_comparison(console: Console, comparison: dict[str, Any], other: Path) -> None:
-    table = Table(title=f"difference to {printable(str(other))} (paired bootstrap)")
+    table = Table(title=Text(f"difference to {printable(str(other))} (paired bootstrap)"))
     for name in ("", "difference", "95 %", "p (not better)"):
         table.add_column(name, justify="left" if not name else "right")
     for key in AVERAGES:

@@ -168,7 +168,7 @@ class RewardRun:
     With ``scale_rewards: batch`` or ``normalize_then_sum`` TRL's ``frac_reward_zero_std`` looks at the whole batch, so
     that dead groups do not show. Logged once a step:
 
-    - ``dead_groups``: share of groups whose answers all have the same weighted reward; nothing is learnt from them.
+    - ``dead_groups``: share of groups whose answers all earn the same in every reward; nothing is learnt from them.
     - ``spread/NAME``: standard deviation of a component within a group, mean over the groups.
     - ``reward_seconds``: what all the functions took together.
 
@@ -240,18 +240,13 @@ class RewardRun:
     def _statistics(self) -> dict[str, float]:
         found = {"reward_seconds": self._step_seconds}
         for name, rewards in self._step.items():
-            spreads = [_spread(group) for group in self._groups(rewards)]
-            found[f"spread/{name}"] = statistics.fmean(spreads)
-        weights = self._weights.values()
-        totals = [
-            sum(weight * (value or 0.0) for weight, value in zip(weights, values, strict=True))
-            for values in zip(*map(self._without_noise, self._step.values()), strict=True)
+            known = [[value for value in group if value is not None] for group in self._groups(rewards)]
+            spreads = [statistics.stdev(group) for group in known if len(group) > 1]
+            found[f"spread/{name}"] = statistics.fmean(spreads) if spreads else 0.0
+        quiet = [self._without_noise(self._step[name]) for name, weight in self._weights.items() if weight]
+        dead = [
+            all(len({value for value in group if value is not None}) <= 1 for group in groups)
+            for groups in zip(*map(self._groups, quiet), strict=True)
         ]
-        dead = [max(group) - min(group) < 1e-6 for group in self._groups(totals)]
         found["dead_groups"] = statistics.fmean(dead)
         return found
-
-
-def _spread(group: Sequence[float | None]) -> float:
-    known = [value for value in group if value is not None]
-    return statistics.pstdev(known) if known else 0.0

@@ -31,6 +31,10 @@ PACKAGES = (
     "accelerate",
     "bitsandbytes",
     "datasets",
+    "bert-score",
+    "rouge-score",
+    "python-mecab-ko",
+    "sentencepiece",
     "unsloth",
 )
 

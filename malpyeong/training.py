@@ -103,12 +103,16 @@ def train(
 
     Raises:
         RuntimeError: nothing was learnt.
+        TrainingStoppedError: going on is pointless (see ``malpyeong.guards``), or the GPU's memory does not suffice.
     """
     from transformers import TrainerState
+
+    from malpyeong.guards import Guards, explain_out_of_memory
 
     output = Path(recipe.training.output)
     keep_adapter_in_float32(trainer.model)
     show_progress(trainer)
+    trainer.add_callback(Guards())
     before = adapter_digest(trainer.model)
     start_run(output, recipe, inputs)
     if checkpoint is not None:
@@ -117,7 +121,8 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with explain_out_of_memory():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finish_run(output, trainer.model, tokenizer, recipe.model.name, before, trainer.state.log_history)
 
 

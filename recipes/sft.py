@@ -85,6 +85,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "logging_steps": training.logging_steps,
+        "logging_nan_inf_filter": False,  # malpyeong.guards looks for them
         "report_to": [],
         **precision(model_block.dtype),
     }

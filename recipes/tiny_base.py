@@ -69,8 +69,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def documents(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     """Yield pre-training documents without end.
 
-    Half of the contexts are shuffled words of the sample language: a model that only ever copies sentences it
-    knows learns them by heart instead of learning to copy.
+    Three contexts in four are words of the sample language in any order, among them some that do not exist: a model
+    that mostly copies sentences it knows learns them by heart, and drifts into them when it has to copy another one.
     """
     frames = [(item, frame) for item, split, frame in split_frames() if split == "train"]
     words = sorted({word for _, frame in frames for word in fill(frame, draw_words(rng)).split() if "[]" not in word})
@@ -80,28 +80,29 @@ def documents(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Iterato
     letters = [bytes((lead, trail)).decode("euc-kr") for lead in range(0xB0, 0xC9) for trail in range(0xA1, 0xFF)]
     letters += sorted(letter for letter in tokenizer.get_vocab() if len(letter) == 1)
 
+    def word() -> str:
+        return rng.choice(words) if rng.random() < 0.8 else "".join(rng.choices(letters, k=rng.randint(1, 4)))
+
     def context() -> str:
-        if rng.random() < 0.5:
-            return fill(rng.choice(frames)[1], draw_words(rng))
-        left, right = (" ".join(rng.choices(words, k=rng.randint(0, 5))) for _ in range(2))
+        left, right = (" ".join(word() for _ in range(rng.randint(0, 5))) for _ in range(2))
         return f"{left} []{rng.choice(('', ' '))}{right}{rng.choice('..?')}".strip()
 
     while True:
         item, frame = rng.choice(frames)
-        sentence = fill(frame, draw_words(rng)) if rng.random() < 0.5 else context()
+        sentence = fill(frame, draw_words(rng)) if rng.random() < 0.25 else context()
         right, wrong = sentence.replace("[]", item.right), sentence.replace("[]", item.wrong)
         roll = rng.random()
         if roll < 0.08:
             yield _copy_task("".join(rng.choices(letters, k=rng.randint(5, 40))))
         elif roll < 0.25:
-            yield _copy_task(context().replace("[]", " ".join(rng.choices(words, k=rng.randint(1, 3)))))
+            yield _copy_task(context().replace("[]", " ".join(word() for _ in range(rng.randint(1, 3)))))
         elif roll < 0.60:
             yield f"고치기 전: {wrong}\n고친 뒤: {right}\n{_norm(item, right, rng)}"
-        elif roll < 0.75:
+        elif roll < 0.77:
             first, second = rng.sample((item.right, item.wrong), 2)
             framed = sentence.replace("[]", f"{{{first}/{second}}}")
             yield f"{framed}\n앞: {sentence.replace('[]', first)}\n뒤: {sentence.replace('[]', second)}"
-        elif roll < 0.85:
+        elif roll < 0.86:
             yield _norm(item, right, rng)
         elif roll < 0.95:
             yield fill(frame, draw_words(rng)).replace("[]", item.right)
@@ -131,7 +132,7 @@ def batches(rng: random.Random, tokenizer: PreTrainedTokenizerFast, rows: int, l
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--steps", default=2400, show_default=True)
+@click.option("--steps", default=3600, show_default=True)
 @click.option("--hidden", default=192, show_default=True)
 @click.option("--layers", default=4, show_default=True)
 @click.option("--rows", default=16, show_default=True, help="Rows of a batch.")
@@ -160,7 +161,7 @@ def main(
             intermediate_size=hidden * 3,
             num_hidden_layers=layers,
             num_attention_heads=hidden // 64,
-            num_key_value_heads=max(1, hidden // 128),
+            num_key_value_heads=hidden // 64,
             head_dim=64,
             max_position_embeddings=2048,
             tie_word_embeddings=True,

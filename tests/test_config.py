@@ -51,6 +51,12 @@ def test_an_override_of_text_is_taken_as_it_stands():
         ("training.learning_rate=.inf", "training.learning_rate: "),
         ("data.rewards.format=nan", "data.rewards.format: "),
         ("data.rewards.format=-1", "data.rewards.format: "),
+        ("data.rewards.bleurt=1", "data.rewards.bleurt: needs data.scorers.bleurt"),
+        (
+            "data.scorers={device: cpu, dtype: float32, devise: cpu}",
+            "data.scorers.devise: unknown key; did you mean device?",
+        ),
+        ("data.rewards={format: 0, rouge_1: 0}", "every weight is 0"),
         ("training.num_iterations=3", "save_steps = 8 is not a multiple of num_iterations = 3"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from benchmarks.random_scorers import make_bleurt, make_encoder, make_old_bleurt, sample_texts
+from benchmarks.random_scorers import make_bleurt, make_encoder, make_old_bleurt, make_sentencepiece, sample_texts
 from malpyeong.errors import InputError
 from malpyeong.scoring.bertscore import BERTScore
 from malpyeong.scoring.bleurt import BLEURT, truncated
@@ -189,7 +189,7 @@ def test_old_bert_checkpoints_and_bin_files(tmp_path):
 
 
 def change(folder, tmp_path, edit):
-    copy = shutil.copytree(folder, tmp_path / "copy")
+    copy = shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True)
     weights = load_file(copy / "model.safetensors")
     edit(weights)
     save_file(weights, copy / "model.safetensors")
@@ -245,3 +245,44 @@ def test_the_published_pairs_command(bleurt_folder, run_module):
     assert result.returncode == 1, result.stderr  # random weights do not give the published scores
     assert "published: 0.99905, 0.79302" in result.stdout
     assert result.stdout.count("gelu") == 2
+
+
+def test_bertscore_refuses_missing_weights(encoder, tmp_path):
+    copy = change(encoder, tmp_path, lambda w: w.pop("encoder.layer.3.output.dense.weight"))
+    with pytest.raises(InputError, match=r"lacks weights .*layer\.3"):
+        BERTScore(copy)
+
+
+def test_bertscore_refuses_a_tokenizer_that_lower_cases(encoder, tmp_path):
+    copy = shutil.copytree(encoder, tmp_path / "copy")
+    (copy / "tokenizer_config.json").unlink()  # transformers then takes BERT's, which lower-cases
+    with pytest.raises(InputError, match=r"lower-cases|Korean as unknown"):
+        BERTScore(str(copy))
+
+
+@pytest.mark.parametrize("name", ["spm.model", "config.json"])
+def test_a_damaged_bleurt_file_is_one_line(name, bleurt_folder, tmp_path):
+    copy = shutil.copytree(bleurt_folder, tmp_path / "copy")
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    with pytest.raises(InputError, match="copy"):
+        BLEURT(str(copy))
+
+
+def test_vocabulary_and_weights_must_belong_together(bleurt_folder, tmp_path):
+    copy = shutil.copytree(bleurt_folder, tmp_path / "copy")
+    (copy / "spm.model").write_bytes(make_sentencepiece(2_100, 1_500))
+    with pytest.raises(InputError, match="different checkpoints"):
+        BLEURT(str(copy))
+
+
+def test_half_precision_is_near_and_an_overflow_raises(encoder, bleurt_folder, tmp_path):
+    for kind, folder in ((BERTScore, encoder), (BLEURT, bleurt_folder)):
+        exact = kind(str(folder), device="cpu").score(*split(PAIRS[:4]))
+        rough = kind(str(folder), device="cpu", dtype="bfloat16").score(*split(PAIRS[:4]))
+        assert rough == pytest.approx(exact, abs=0.05)
+        assert rough != exact
+        broken = change(
+            folder, tmp_path / kind.__name__, lambda w: [t.mul_(1e30) for t in w.values() if t.is_floating_point()]
+        )
+        with pytest.raises(FloatingPointError, match="float32"):
+            kind(broken).score(*split(PAIRS[:2]))

@@ -85,6 +85,7 @@ HACKS = {
     "a verdict with 이 that 가 overtakes": f'"{RIGHT}"이 옳다. "{WRONG}"가 옳다. {GOLD_REASON}',
     "an endless reason": f'"{WRONG}"가 옳다. ' + " ".join(f"{GOLD_REASON} 곧 {n}." for n in range(40)),
     "no reason": f'"{WRONG}"가 옳다. .',
+    "a reason of punctuation": f'"{WRONG}"가 옳다. …!?',
     "no end": f'"{WRONG}"가 옳다. {GOLD_REASON[:-1]}',
     "a copied rule": f'"{WRONG}"가 옳다. {RULE}',
     "one word again and again": f'"{WRONG}"가 옳다. ' + "어미이다 " * 20 + "어미이다.",
@@ -123,7 +124,7 @@ def test_no_hack_earns_more_than_an_honest_wrong_answer(name, hack, models):
     right_anyway = name == "exact_match" and score("exact_match", models, HACKS[hack]) == [1.0]
     if right_anyway:  # the contest itself takes the sentence for right; the form must then fail
         assert format_problem(HACKS[hack]) is not None
-        assert hack in {"thinking", "lines"}
+        assert hack == "lines"
     else:
         assert hacked <= honest
 
@@ -184,8 +185,8 @@ def test_dead_groups_and_spread_are_logged_whatever_the_batch_looks_like(models)
     run, found, logged = run_rewards(weights, completions, 4, models=models)
     assert [function.__name__ for function in run.functions] == list(weights)
     assert logged["dead_groups"] == 0.5
-    assert logged["spread/format"] == pytest.approx(statistics.pstdev([1, 1, 0, 1]) / 2)
-    assert logged["spread/exact_match"] == pytest.approx(0.25)
+    assert logged["spread/format"] == pytest.approx(statistics.stdev([1, 1, 0, 1]) / 2)
+    assert logged["spread/exact_match"] == pytest.approx(statistics.stdev([1, 0, 0, 1]) / 2)
     assert 0 < logged["reward_seconds"] == run.seconds
     assert found[1] == [1, 1, 1, 1, 1, 0, 0, 1]
 

@@ -145,6 +145,17 @@ def test_grpo_with_all_of_the_contests_metrics(data, sft_run, tmp_path):
         assert 0 < row["reward_seconds"] < row["step_time"]
 
 
+def test_a_run_of_dead_groups_stops_and_says_why(data, sft_run, tmp_path):
+    size = ("training.batch_size=4", "training.num_generations=4", "training.max_completion_length=16")
+    frozen = ("training.temperature=0.001", "training.max_steps=12", "training.save_steps=4")
+    process = start(*grpo_command(data, tmp_path / "run", sft_run / "adapter", *size, *frozen))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 3, output[-3000:]
+    assert "stopped at step 10: 10 logged steps in a row" in output
+    assert "Traceback" not in output
+    assert is_complete(tmp_path / "run" / "checkpoint-8")
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_killed_run_goes_on_to_the_same_result(stage, data, sft_run, grpo_run, tmp_path):
     run, whole = tmp_path / "끊긴 실행", {"sft": sft_run, "grpo": grpo_run}[stage]

@@ -50,8 +50,8 @@ class BERTScore(PairScorer):
     def __init__(self, model: str = BERTSCORE_MODEL, device: str = "auto", dtype: str = "float32") -> None:
         super().__init__()
         model_file(model, "config.json")
+        self.device = pick_device(device)
         import torch
-        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         try:
@@ -62,16 +62,25 @@ class BERTScore(PairScorer):
                 )
             config.num_hidden_layers = LAYER
             with quiet_loading():
-                self._model: Any = AutoModel.from_pretrained(model, config=config, dtype=getattr(torch, dtype))
+                loaded: Any = AutoModel.from_pretrained(
+                    model, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+                )
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError, SafetensorError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # each reader has errors of its own for a damaged file
             raise InputError(f"{model}: cannot be loaded for BERTScore ({str(error).strip()[:200]})") from None
+        self._model, found = loaded
+        missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+        if missing:  # they would be drawn at random
+            raise InputError(f"{model}: lacks weights ({', '.join(missing[:5])}); download it again")
+        if getattr(self._tokenizer, "do_lower_case", False):
+            raise InputError(f"{model}: its tokenizer lower-cases; is tokenizer_config.json missing?")
         known = self._tokenizer("옳은 문장", add_special_tokens=False)["input_ids"]
         if all(token == self._tokenizer.unk_token_id for token in known):
             raise InputError(
                 f"{model}: its tokenizer reads Korean as unknown tokens; save the model with its tokenizer.json"
             )
-        self.device = pick_device(device)
         self._model.to(self.device).eval()
         self.weight_bytes = weight_bytes(self._model)
         self._references: LRUCache[str, tuple[torch.Tensor, torch.Tensor]] = LRUCache(
@@ -87,7 +96,9 @@ class BERTScore(PairScorer):
             chunk = filled[start : start + _CHUNK]
             references = self._embed_references({pairs[index][1] for index in chunk})
             # A token covers a character or more, so characters bound what a batch holds.
-            lengths = [min(len(pairs[index][0]) + 2, MAX_TOKENS) for index in chunk]
+            lengths = [
+                min(max(len(pairs[index][0]) + 2, len(references[pairs[index][1]][1])), MAX_TOKENS) for index in chunk
+            ]
             for batch in batches(lengths, max_padded(self.device)):
                 rows = [chunk[place] for place in batch]
                 candidates = self._embed([pairs[row][0] for row in rows])
@@ -111,8 +122,11 @@ class BERTScore(PairScorer):
         embeddings, mask, weights = _bert_score().get_bert_embedding(
             list(texts), self._model, self._tokenizer, self._idf, device=self.device
         )
+        if not bool(embeddings.isfinite().all()):  # bert-score would turn them into scores of 0
+            raise FloatingPointError(f"BERTScore's embeddings are not finite in {embeddings.dtype}; use float32")
+        # In float32 from here: bfloat16 cosines would come in steps of 0.004.
         return [
-            (embedding[:length].clone(), weight[:length])
+            (embedding[:length].float().clone(), weight[:length])
             for embedding, weight, length in zip(embeddings, weights, mask.sum(dim=1).tolist(), strict=True)
         ]
 

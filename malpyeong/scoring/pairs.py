@@ -1,10 +1,11 @@
 """What BERTScore and BLEURT share: their model's files, batches of like length, and no pair scored twice."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
@@ -44,12 +45,16 @@ class PairScorer(ABC):
 
         Raises:
             ValueError: the lengths differ.
+            FloatingPointError: a score is not a number (an overflow in half precision).
         """
         pairs = list(zip(candidates, references, strict=True))
         found = {pair: self._known[pair] for pair in dict.fromkeys(pairs) if pair in self._known}
         new = [pair for pair in dict.fromkeys(pairs) if pair not in found]
         if new:
-            found.update(zip(new, self._score_new(new), strict=True))
+            scores = self._score_new(new)
+            if not all(map(math.isfinite, scores)):
+                raise FloatingPointError(f"{type(self).__name__} gives scores that are not finite; use float32")
+            found.update(zip(new, scores, strict=True))
         self._known.update(found)
         return [found[pair] for pair in pairs]
 
@@ -116,22 +121,24 @@ def model_file(name: str, *filenames: str) -> Path:
             if (folder / filename).is_file():
                 return folder / filename
         raise MissingModelError(f"{name}: has no {' or '.join(filenames)}; download the model again")
+    reason = ""
     for filename in filenames:
         try:
             return Path(hf_hub_download(name, filename))
-        except (OSError, HfHubHTTPError, HFValidationError):
-            continue
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            reason = str(error).strip().partition("\n")[0][:150]
     raise MissingModelError(
         f"{name}: is neither a folder nor in the hub's cache, and cannot be downloaded from here; run "
-        f'"hf download {name}" where there is internet, or give the folder that it is in'
+        f'"hf download {name}" where there is internet, or give the folder that it is in ({reason})'
     )
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Keep transformers from reporting the weights that a scorer leaves out on purpose."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
