@@ -79,7 +79,7 @@ class Demo:
         for split in SPLITS:
             prediction = self.output / "predictions" / stage / f"{split}.json"
             command = ("-m", "malpyeong.predict", model, DATA / f"{split}_questions.json", "-o", prediction)
-            self.make(prediction, *command, "--batch-size", "128", "--max-new-tokens", "256", *options)
+            self.make(prediction, *command, "--batch-size", "128", "--max-new-tokens", "200", *options)
 
 
 def measure(folder: Path) -> dict[str, float]:
