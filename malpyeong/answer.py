@@ -27,7 +27,7 @@ _BARE_MARKER = re.compile(r"(?P<particle>[가이])\s+옳다")
 _JOINER = re.compile(rf"[{_CLOSE}]\s*(?P<word>혹은|또는)\s*[{_OPEN}]")
 _SENTENCE_END = re.compile(r"[.!?。…](?:[\"'”’)\]」』])*\Z")
 
-# What no reason that means something looks like; each has been tried by a model against its reward.
+# What no reason that means something looks like: ways to be paid for overlap without explaining anything.
 MAX_REASON_CHARS = 600  # the contest's longest gold reason has 305
 _REPEATED = re.compile(r"(?<!\S)(\S+(?:\s+\S+){0,9}?)(?:\s+\1){2,}(?!\S)|([가-힣]{1,10}?)\2{5,}")
 _DECOMPOSED = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # one syllable block in pieces; old Hangul is not matched

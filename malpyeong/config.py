@@ -18,22 +18,11 @@ class Block(BaseModel):
 
 
 class LoraBlock(Block):
-    """LoRA adapter: rank, scale and where it goes. Dropout is always 0 (rollouts are sampled in train mode).
-
-    ``train`` names the target modules whose part of the adapter is trained in this stage; all if it is not given.
-    """
+    """LoRA adapter: rank, scale and where it goes. Dropout is always 0 (rollouts are sampled in train mode)."""
 
     r: int = Field(gt=0)
     alpha: int = Field(gt=0)
     target_modules: list[str] = Field(min_length=1)
-    train: list[str] | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _train_what_is_there(self) -> "LoraBlock":
-        for name in self.train or ():
-            if name not in self.target_modules:
-                raise ValueError(f"train: {name} is not one of target_modules{_hint(name, self.target_modules)}")
-        return self
 
 
 class ModelBlock(Block):

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from malpyeong.errors import InputError, printable
-from malpyeong.records import check_same_questions, load_records
+from malpyeong.records import Record, check_same_questions, load_records
 from malpyeong.scoring.report import AVERAGES, METRICS, RecordScore, compare, confidence, score_records, summarise
 
 if TYPE_CHECKING:
@@ -40,10 +40,19 @@ def evaluate(
     Raises:
         InputError: a file is defective or the ids or their order differ.
     """
+    return score_records(*load_answers(gold, prediction), metrics, scorers)
+
+
+def load_answers(gold: Path, prediction: Path) -> tuple[list[Record], list[str]]:
+    """Load gold records and the answers predicted for them.
+
+    Raises:
+        InputError: a file is defective or the ids or their order differ.
+    """
     golds = load_records(gold, answers="gold")
     predictions = load_records(prediction, answers="prediction")
     check_same_questions(golds, predictions, gold, prediction)
-    return score_records(golds, [record.answer or "" for record in predictions], metrics, scorers)
+    return golds, [record.answer or "" for record in predictions]
 
 
 def load_scorers(
@@ -128,19 +137,19 @@ def main(
     models; where one is not on this machine the report is given without it and says so.
     """
     categories = load_categories(labels) if labels else None
-    evaluate(gold, prediction, ("em",))  # defects of the files first: models take long to load
-    if against:
-        evaluate(gold, against, ("em",))
+    # Defects of the files first: models take long to load.
+    golds, answers = load_answers(gold, prediction)
+    others = load_answers(gold, against)[1] if against else []
     scorers, missing = load_scorers(metrics, bertscore_model, bleurt_model, device)
     for metric, message in missing.items():
         click.echo(f"{metric} is left out. {message}", err=True)
     metrics = tuple(metric for metric in metrics if metric not in missing)
-    scores = evaluate(gold, prediction, metrics, scorers)
+    scores = score_records(golds, answers, metrics, scorers)
     summary = summarise(scores, metrics, categories)
     summary["confidence_95"] = confidence(scores, metrics)
     summary["left_out"] = sorted(missing)
     if against:
-        summary["comparison"] = compare(scores, evaluate(gold, against, metrics, scorers), metrics)
+        summary["comparison"] = compare(scores, score_records(golds, others, metrics, scorers), metrics)
     if as_json:
         click.echo(json.dumps(summary, ensure_ascii=False, indent=2))
         return

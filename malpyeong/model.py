@@ -67,17 +67,7 @@ def load_for_training(model: "ModelBlock", seed: int, gradient_checkpointing: bo
     check_lora(model)
     set_seed(seed)
     if choose_backend(model) == "unsloth":
-        peft_model, tokenizer = _load_unsloth(model, seed, gradient_checkpointing)
-    else:
-        peft_model, tokenizer = _load_hf(model, gradient_checkpointing)
-    if model.lora.train is not None:
-        for name, parameter in peft_model.named_parameters():
-            if parameter.requires_grad and not any(f".{module}." in name for module in model.lora.train):
-                parameter.requires_grad_(False)
-    return peft_model, tokenizer
-
-
-def _load_hf(model: "ModelBlock", gradient_checkpointing: bool) -> tuple[Any, Any]:
+        return _load_unsloth(model, seed, gradient_checkpointing)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     tokenizer = load_tokenizer(model.name)

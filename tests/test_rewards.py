@@ -63,7 +63,7 @@ def test_an_error_is_raised_not_scored():
         REWARDS["exact_match"](completions=[GOLD])
 
 
-# What a model finds out to please a scorer: (name, answer). None may earn more, in any component, than HONEST_WRONG.
+# What a model might find out to please a scorer. In format, EM and ROUGE-1 none may earn more than HONEST_WRONG.
 QUESTION = '"그 일은 내가 {할게/할께}." 가운데 올바른 것을 선택하고, 그 이유를 설명하세요.'
 RIGHT, WRONG = "그 일은 내가 할게.", "그 일은 내가 할께."
 GOLD_REASON = (

@@ -13,16 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cachetools import LRUCache
 
 from malpyeong.errors import InputError
-from malpyeong.scoring.pairs import (
-    Pair,
-    PairScorer,
-    batches,
-    max_padded,
-    model_file,
-    pick_device,
-    quiet_loading,
-    weight_bytes,
-)
+from malpyeong.scoring.pairs import Pair, PairScorer, batches, model_file, quiet_loading
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +39,8 @@ class BERTScore(PairScorer):
     """
 
     def __init__(self, model: str = BERTSCORE_MODEL, device: str = "auto", dtype: str = "float32") -> None:
-        super().__init__()
         model_file(model, "config.json")
-        self.device = pick_device(device)
+        super().__init__(device)
         import torch
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -70,7 +60,7 @@ class BERTScore(PairScorer):
             raise
         except Exception as error:  # each reader has errors of its own for a damaged file
             raise InputError(f"{model}: cannot be loaded for BERTScore ({str(error).strip()[:200]})") from None
-        self._model, found = loaded
+        network, found = loaded
         missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
         if missing:  # they would be drawn at random
             raise InputError(f"{model}: lacks weights ({', '.join(missing[:5])}); download it again")
@@ -81,8 +71,7 @@ class BERTScore(PairScorer):
             raise InputError(
                 f"{model}: its tokenizer reads Korean as unknown tokens; save the model with its tokenizer.json"
             )
-        self._model.to(self.device).eval()
-        self.weight_bytes = weight_bytes(self._model)
+        self._hold(network)
         self._references: LRUCache[str, tuple[torch.Tensor, torch.Tensor]] = LRUCache(
             _REFERENCE_TOKENS, getsizeof=lambda embedded: len(embedded[1])
         )
@@ -99,7 +88,7 @@ class BERTScore(PairScorer):
             lengths = [
                 min(max(len(pairs[index][0]) + 2, len(references[pairs[index][1]][1])), MAX_TOKENS) for index in chunk
             ]
-            for batch in batches(lengths, max_padded(self.device)):
+            for batch in batches(lengths, self._max_padded):
                 rows = [chunk[place] for place in batch]
                 candidates = self._embed([pairs[row][0] for row in rows])
                 for row, score in zip(
@@ -111,7 +100,7 @@ class BERTScore(PairScorer):
     def _embed_references(self, texts: set[str]) -> dict[str, tuple["torch.Tensor", "torch.Tensor"]]:
         found = {text: self._references[text] for text in sorted(texts) if text in self._references}
         new = sorted(texts - found.keys())
-        for batch in batches([min(len(text) + 2, MAX_TOKENS) for text in new], max_padded(self.device)):
+        for batch in batches([min(len(text) + 2, MAX_TOKENS) for text in new], self._max_padded):
             chosen = [new[index] for index in batch]
             found.update(zip(chosen, self._embed(chosen), strict=True))
         self._references.update(found)

@@ -20,16 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from malpyeong.errors import InputError
-from malpyeong.scoring.pairs import (
-    Pair,
-    PairScorer,
-    batches,
-    max_padded,
-    model_file,
-    pick_device,
-    quiet_loading,
-    weight_bytes,
-)
+from malpyeong.scoring.pairs import Pair, PairScorer, batches, model_file, quiet_loading
 
 if TYPE_CHECKING:
     import torch
@@ -66,10 +57,9 @@ class BLEURT(PairScorer):
         gelu: Literal["tanh", "erf"] = "tanh",
         max_length: int = MAX_TOKENS,
     ) -> None:
-        super().__init__()
         config_file = model_file(model, "config.json")
         weights_file = model_file(model, "model.safetensors", "pytorch_model.bin")
-        self.device = pick_device(device)
+        super().__init__(device)
         import torch
 
         try:
@@ -85,23 +75,22 @@ class BLEURT(PairScorer):
             raise
         except Exception as error:  # each reader has errors of its own for a damaged file
             raise InputError(f"{model}: is damaged ({str(error).strip()[:200]}); download it again") from None
-        self._model = _build(model, settings, weights, getattr(torch, dtype), _ACTIVATIONS[gelu])
-        if pieces > self._model.config.vocab_size:
+        network = _build(model, settings, weights, getattr(torch, dtype), _ACTIVATIONS[gelu])
+        if pieces > network.config.vocab_size:
             raise InputError(
-                f"{model}: its vocabulary has {pieces} entries, its weights {self._model.config.vocab_size}; they "
+                f"{model}: its vocabulary has {pieces} entries, its weights {network.config.vocab_size}; they "
                 "are of different checkpoints"
             )
         self._encode = lru_cache(maxsize=4_096)(encode)
-        self._model.to(self.device).eval()
-        self._limit = min(max_length, self._model.config.max_position_embeddings)
-        self.weight_bytes = weight_bytes(self._model)
+        self._hold(network)
+        self._limit = min(max_length, network.config.max_position_embeddings)
 
     def _score_new(self, pairs: Sequence[Pair]) -> list[float]:
         import torch
 
         rows = [self._ids(candidate, reference) for candidate, reference in pairs]
         scores = [0.0] * len(pairs)
-        for batch in batches([len(ids) for ids, _ in rows], max_padded(self.device)):
+        for batch in batches([len(ids) for ids, _ in rows], self._max_padded):
             longest = len(rows[batch[0]][0])
             ids, types, mask = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(3))
             for place, index in enumerate(batch):

@@ -37,7 +37,10 @@ class PairScorer(ABC):
     device: str
     weight_bytes: int
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = pick_device(device)
+        # Beyond this many tokens a batch gains nothing: a CPU's caches, or a small card's memory, suffer.
+        self._max_padded = 4_096 if self.device == "cpu" else 16_384
         self._known: LRUCache[Pair, float] = LRUCache(_KNOWN_PAIRS)
 
     def score(self, candidates: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -57,6 +60,11 @@ class PairScorer(ABC):
             found.update(zip(new, scores, strict=True))
         self._known.update(found)
         return [found[pair] for pair in pairs]
+
+    def _hold(self, model: "torch.nn.Module") -> None:
+        """Put the network where it runs."""
+        self._model: Any = model.to(self.device).eval()
+        self.weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
     @abstractmethod
     def _score_new(self, pairs: Sequence[Pair]) -> list[float]:
@@ -90,16 +98,6 @@ def pick_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("the scorers' device is cuda, and there is no GPU here; choose cpu or auto")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def max_padded(device: str) -> int:
-    """Return how many tokens a batch may have: beyond this a CPU's caches, or a small card's memory, suffer."""
-    return 4_096 if device == "cpu" else 16_384
-
-
-def weight_bytes(model: "torch.nn.Module") -> int:
-    """Return the memory that a model's weights take, in bytes."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def model_file(name: str, *filenames: str) -> Path:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # Metric as the command line names it → key of the report.
 METRICS = {"em": "exact_match", "rouge1": "rouge_1", "bertscore": "bertscore", "bleurt": "bleurt"}
-AVERAGES = (*METRICS.values(), "descriptive_avg", "final_score")
+FINALS = ("descriptive_avg", "final_score")
+AVERAGES = (*METRICS.values(), *FINALS)
 RESAMPLES = 2_000
 
 
@@ -178,11 +179,10 @@ def _averages(scores: Sequence[RecordScore], metrics: Sequence[str]) -> dict[str
         else None
         for metric, key in METRICS.items()
     }
-    descriptive = _mean_of_all([means["rouge_1"], means["bertscore"], means["bleurt"]])
+    finals: dict[str, float | None] = _finals(means) if None not in means.values() else dict.fromkeys(FINALS)
     return {
         **means,
-        "descriptive_avg": descriptive,
-        "final_score": _mean_of_all([means["exact_match"], descriptive]),
+        **finals,
         "records": len(scores),
         "missing_reasons": sum(score.missing_reason for score in scores),
         "format_rate": _mean([float(score.format_problem is None) for score in scores]),
@@ -193,9 +193,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _mean_of_all(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return _mean(found) if len(found) == len(values) else None
+def _finals(means: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contest's two combined scores of the four metrics' means (numbers, or arrays of resampled ones)."""
+    descriptive = (means["rouge_1"] + means["bertscore"] + means["bleurt"]) / 3
+    return dict(zip(FINALS, (descriptive, (means["exact_match"] + descriptive) / 2), strict=True))
 
 
 def _matrix(scores: Sequence[RecordScore], metrics: Sequence[str]) -> "NDArray[np.float64]":
@@ -224,10 +225,7 @@ def _resampled(
     found = []
     for mean in means:
         columns = {key: mean[:, place] for place, key in enumerate(keys)}
-        if len(keys) == len(METRICS):
-            columns["descriptive_avg"] = (columns["rouge_1"] + columns["bertscore"] + columns["bleurt"]) / 3
-            columns["final_score"] = (columns["exact_match"] + columns["descriptive_avg"]) / 2
-        found.append(columns)
+        found.append({**columns, **_finals(columns)} if len(keys) == len(METRICS) else columns)
     return found
 
 
