@@ -1,0 +1,113 @@
+"""The notebook runs from the first cell to the last with the tiny model, and a second start trains nothing again."""
+
+import json
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from malpyeong.records import load_records, write_records
+from malpyeong.samples import DATA
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+
+NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "malpyeong_grpo.ipynb"
+
+
+def load():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_the_notebook_is_committed_without_outputs():
+    notebook = load()
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Few short questions, in a folder whose name has a space and Hangul."""
+    folder = tmp_path_factory.mktemp("대회 자료")
+    records = sorted(load_records(DATA / "train.json", answers="gold"), key=lambda record: len(record.question))
+    for name, part in {"train": records[:640], "dev": records[640:644], "test": records[644:648]}.items():
+        write_records(folder / f"{name}.json", part)
+    return folder
+
+
+def execute(data, runs):
+    """Run every cell with the settings of a first try; return the notebook and the error that stopped it, if any."""
+    notebook = load()
+    settings = f"MODEL, GPU, DATA, RUNS, SOURCE, SMALL = 'tiny', '', {str(data)!r}, {str(runs)!r}, '', True"
+    place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(settings))
+    # Until doctor and report are there.
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if all(find_spec(name) for name in re.findall(r'"(malpyeong\.\w+)"', cell.source))
+    ]
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    try:
+        client.execute()
+    except nbclient.exceptions.CellExecutionError as error:
+        return notebook, error
+    return notebook, None
+
+
+def printed(notebook):
+    return "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output
+    )
+
+
+def times(runs):
+    """Return when each file of the trained and merged models was written."""
+    folders = [runs / "tiny-small" / name for name in ("sft", "grpo/adapter", "grpo/checkpoint-4", "merged")]
+    return {file: file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_notebook_runs_and_a_second_start_trains_nothing_again(folder, tmp_path):
+    runs = tmp_path / "실행 결과"
+    notebook, error = execute(folder, runs)
+    assert error is None, printed(notebook)[-3000:]
+    out = runs / "tiny-small"
+    assert [record.id for record in load_records(out / "submission.json", answers="prediction")] == [
+        record.id for record in load_records(folder / "test.json")
+    ]
+    log = json.loads((out / "grpo" / "log.json").read_text("utf-8"))
+    assert len([row for row in log if "reward" in row]) == 4
+    assert "contest score" in printed(notebook)
+    written = times(runs)
+
+    # As if the time limit had come after GRPO's last checkpoint: nothing that follows from it is there yet.
+    shutil.rmtree(out / "grpo" / "adapter")
+    (out / "submission.json").unlink()
+    notebook, error = execute(folder, runs)
+    text = printed(notebook)
+    assert error is None, text[-3000:]
+    assert f"going on from {out / 'grpo' / 'checkpoint-4'}" in text
+    assert f"이미 있습니다: {out / 'sft' / 'adapter'}" in text
+    assert not re.search(r"step \d+: ", text)  # what a training step prints
+    again = times(runs)
+    assert again.keys() == written.keys()
+    changed = {file for file in written if again[file] != written[file]}
+    assert changed == set((out / "grpo" / "adapter").iterdir())
+    assert (out / "submission.json").exists()
+
+
+def test_a_failing_command_stops_the_notebook_with_its_message(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    (data / "train.json").write_text("[{}]", encoding="utf-8")
+    notebook, error = execute(data, tmp_path / "runs")
+    assert error is not None
+    assert "명령이 코드" in str(error)
+    assert f"{data / 'train.json'}: record 1" in printed(notebook)
+    assert not (tmp_path / "runs" / "tiny-small" / "merged").exists()
+    assert notebook.cells[-1].execution_count is None
