@@ -57,6 +57,7 @@ class Scale:
         coarse, fine: steps of part b's search, in tokens.
         longest: where it ends.
         whole: part e: (shape, cap in GiB).
+        half: number format of part d that is compared with float32.
         options: overrides of every recipe.
     """
 
@@ -73,6 +74,7 @@ class Scale:
     whole: tuple[tuple[str, float], ...] = (("4b", 15), ("8b", 23))
     whole_steps: int = 20
     save_steps: int = 5
+    half: str = "bfloat16"
     options: tuple[str, ...] = ()
 
 
@@ -90,6 +92,7 @@ TINY = Scale(
     whole=(("tiny", 1),),
     whole_steps=4,
     save_steps=1,
+    half="auto",  # float32 on a CPU
     options=("training.optim=adamw_torch",),
 )
 
@@ -113,6 +116,7 @@ class Bench:
         self.work, self.scale, self._only = work.resolve(), scale, only
         self._file = out / "gpu.jsonl"
         self._deadline = time.monotonic() + 60 * minutes
+        self._longest = 0.0  # seconds that a case has taken: one that hardly fits is not begun
         self.failed: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
@@ -157,8 +161,11 @@ class Bench:
             **others,
             "figures": figures,
         }
+        text = json.dumps(row, ensure_ascii=False)
+        # As on any machine: paths relative to the repository.
+        text = text.replace(f"{self.work}/", "runs/bench/").replace(f"{ROOT}/", "")
         with self._file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            handle.write(f"{text}\n")
         return row
 
     def known(self, key: str) -> dict[str, Any] | None:
@@ -198,8 +205,9 @@ class Bench:
 
     def _wait(self, command: Sequence[str], key: str, kill_at: str | None) -> tuple[int, bool]:
         """Run a command; return its code and whether it was killed at ``kill_at``."""
-        if time.monotonic() > self._deadline:
+        if time.monotonic() + self._longest > self._deadline:
             raise OutOfTimeError
+        start = time.monotonic()
         settings = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -214,7 +222,7 @@ class Bench:
             )
             try:
                 while process.poll() is None:
-                    if kill_at and (Path(kill_at) / "trainer_state.json").exists():
+                    if kill_at and _is_complete(Path(kill_at)):
                         return -signal.SIGKILL, True
                     if time.monotonic() > self._deadline:
                         click.echo(" out of time")
@@ -224,6 +232,7 @@ class Bench:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
+                self._longest = max(self._longest, time.monotonic() - start)
         return process.returncode, False
 
     def _log(self, key: str) -> Path:
@@ -367,8 +376,7 @@ def part_d(bench: Bench) -> None:
     """Gradients of the adapter on one batch with the same weights and answers, against computing in float32."""
     scale = bench.scale
     files = {}
-    kinds = [(backend, "bfloat16") for backend in scale.backends]
-    for backend, dtype in [("hf", "float32"), *kinds]:
+    for backend, dtype in [("hf", "float32"), *((backend, scale.half) for backend in scale.backends)]:
         name = f"{backend} {dtype}"
         key = f"d/{scale.shape}/{name}"
         files[name] = bench.work / f"gradients-{scale.shape}-{name.replace(' ', '-')}.safetensors"
@@ -472,6 +480,13 @@ def load(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text("utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def _revision() -> str | None:

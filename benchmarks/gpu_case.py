@@ -163,7 +163,8 @@ class Watch:
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
                 watch._row = {}
                 if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                    if watch._case.ascending:  # blocks of the last length do not fit this one
+                        torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                 self._start = synchronised()
 
