@@ -25,12 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from benchmarks.gpu_case import ROOT, Case
 from benchmarks.gpu_table import table
@@ -41,6 +42,8 @@ RECIPES = {stage: ROOT / "recipes" / "qwen" / f"{stage}.yaml" for stage in ("sft
 CHEAP = {"format": 0.2, "exact_match": 1.0, "rouge_1": 1.0}
 FIVE = {"format": 0.2, "exact_match": 1.0, "rouge_1": 0.34, "bertscore": 0.33, "bleurt": 0.33}
 BACKENDS = ("unsloth", "hf")
+# Recipes that choose numbers by the card are told not to.
+NO_CARD = {"gpu": "null"} if "gpu" in yaml.safe_load(RECIPES["grpo"].read_text("utf-8")) else {}
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,11 @@ class Scale:
         limits: part b: (shape, cap in GiB, num_generations).
         coarse, fine: steps of part b's search, in tokens.
         longest: where it ends.
-        whole: part e: (shape, cap in GiB).
+        whole: part e: (shape, cap in GiB, the recipes' ``gpu``).
+        whole_steps, save_steps: of part e's GRPO.
         half: number format of part d that is compared with float32.
-        options: overrides of every recipe.
+        scorers: devices of part c's scorers.
+        values: overrides of every recipe.
     """
 
     backends: tuple[str, ...] = BACKENDS
@@ -71,11 +76,12 @@ class Scale:
     coarse: int = 1_024
     fine: int = 256
     longest: int = 8_192
-    whole: tuple[tuple[str, float], ...] = (("4b", 15), ("8b", 23))
+    whole: tuple[tuple[str, float, str | None], ...] = (("4b", 15, "t4"), ("8b", 23, "24gb"))
     whole_steps: int = 20
     save_steps: int = 5
     half: str = "bfloat16"
-    options: tuple[str, ...] = ()
+    scorers: tuple[str, ...] = ("cuda", "cpu")
+    values: dict[str, str] = field(default_factory=dict)
 
 
 TINY = Scale(
@@ -89,11 +95,12 @@ TINY = Scale(
     coarse=64,
     fine=32,
     longest=128,
-    whole=(("tiny", 1),),
+    whole=(("tiny", 1, None),),
     whole_steps=4,
     save_steps=1,
     half="auto",  # float32 on a CPU
-    options=("training.optim=adamw_torch",),
+    scorers=("cpu",),
+    values={"training.optim": "adamw_torch"},
 )
 
 
@@ -127,12 +134,12 @@ class Bench:
         result = self.work / "result.json"
         result.unlink(missing_ok=True)
         command = [sys.executable, "-m", "benchmarks.gpu_case", text, str(result)]
-        return self._measure(case.key, command, result, [str(a) for a in case.arguments], case.kill_at)
+        return self._measure(case.key, command, result, list(case.arguments), case.kill_at, case.makes)
 
     def run_module(self, key: str, *arguments: object, result: Path) -> dict[str, Any] | None:
         """Run ``python -m …`` as a case; its figures are the JSON file that it writes."""
         words = [str(argument) for argument in arguments]
-        return self._measure(key, [sys.executable, "-m", *words], result, words, None)
+        return self._measure(key, [sys.executable, "-m", *words], result, words)
 
     def make(self, name: str, *arguments: object, makes: Path) -> Path:
         """Run ``python -m …`` unless what it makes is there; its time is of no interest.
@@ -168,17 +175,24 @@ class Bench:
             handle.write(f"{text}\n")
         return row
 
-    def known(self, key: str) -> dict[str, Any] | None:
-        """Return the result of a case, if there is one that is not a failure."""
+    def known(self, key: str, makes: str | None = None) -> dict[str, Any] | None:
+        """Return the result of a case, if there is one that is not a failure, and what the case makes is there."""
         rows = [row for row in load(self._file) if row["key"] == key]
-        return rows[-1] if rows and rows[-1]["status"] != "failed" else None
+        counts = rows and rows[-1]["status"] != "failed" and (makes is None or Path(makes).exists())
+        return rows[-1] if counts else None
 
     def _measure(
-        self, key: str, command: list[str], result: Path, arguments: list[str], kill_at: str | None
+        self,
+        key: str,
+        command: list[str],
+        result: Path,
+        arguments: list[str],
+        kill_at: str | None = None,
+        makes: str | None = None,
     ) -> dict[str, Any] | None:
         if not self.wants(key):
             return None
-        if known := self.known(key):
+        if known := self.known(key, makes):
             click.echo(f"{key}: {known['status']} (known)")
             return known
         click.echo(f"{key}: …", nl=False)
@@ -273,64 +287,95 @@ class Bench:
             random_scorers.make_bleurt(bleurt, **(size if small else {}))
         return encoder, bleurt
 
+    def by_hand(self, num_generations: int, batch_size: int, groups: int = 1, longest: int = 0) -> dict[str, Any]:
+        """Return the GRPO recipe's keys that a card would decide.
+
+        Args:
+            num_generations: answers to a question.
+            batch_size: answers in one backward pass.
+            groups: questions a step.
+            longest: tokens of the longest prompt; 0: as usual here.
+        """
+        return {
+            **NO_CARD,
+            "model.max_length": (longest or self.scale.prompt) + self.scale.completion,
+            "training.batch_size": batch_size,
+            "training.gradient_accumulation_steps": groups * num_generations // batch_size,
+            "training.num_generations": num_generations,
+            "training.max_completion_length": self.scale.completion,
+        }
+
     def grpo(
         self,
         key: str,
         shape: str,
         backend: str,
-        num_generations: int,
         lengths: Sequence[int],
-        steps: int,
-        batch_size: int,
-        groups: int = 1,
-        scorers: str | None = None,
-        options: Sequence[str] = (),
+        values: dict[str, Any],
+        scorers: dict[str, str] | None = None,
         **case: Any,  # noqa: ANN401 -- fields of Case
     ) -> dict[str, Any] | None:
-        """Run the GRPO recipe on prompts of some lengths.
+        """Run the GRPO recipe, one step a question unless ``values`` says another number.
 
         Args:
             key: of the case.
             shape: of the model.
             backend: ``unsloth`` or ``hf``.
-            num_generations: answers to a question.
             lengths: prompt lengths in tokens, one question each.
-            steps: optimizer steps.
-            batch_size: answers in one backward pass.
-            groups: questions a step.
-            scorers: where the models of all five rewards run; None: only the rewards without models.
-            options: further overrides.
+            values: overrides.
+            scorers: where the models of all five rewards run (``device``); None: only the rewards without models.
             case: further fields of the case.
         """
-        if not self.wants(key) or self.known(key):
-            return self.known(key) if self.wants(key) else None
+        known = self.known(key, case.get("makes"))
+        if known or not self.wants(key):
+            return known if self.wants(key) else None
         model = self.model(shape)
         output = self.work / "runs" / key.replace("/", "-")
         shutil.rmtree(output, ignore_errors=True)  # of an attempt that failed
         rewards: dict[str, Any] = {"data.rewards": json.dumps(CHEAP), "data.scorers": "null"}
-        if scorers:
+        if scorers is not None:
             encoder, bleurt = self.scorers()
-            named = {"bertscore": str(encoder), "bleurt": str(bleurt), "device": scorers, "dtype": "float32"}
+            named = {"bertscore": str(encoder), "bleurt": str(bleurt), "dtype": "float32", **scorers}
             rewards = {"data.rewards": json.dumps(FIVE), "data.scorers": json.dumps(named)}
-        values = {
+        base = {
             "model.name": model,
             "model.adapter": f"{model}-adapter",
             "model.backend": backend,
-            "model.max_length": max(lengths) + self.scale.completion,
             "data.train": self.questions(shape, lengths),
             **rewards,
             "training.output": output,
-            "training.max_steps": steps,
+            "training.max_steps": len(lengths),
             "training.warmup_steps": 0,
-            "training.batch_size": batch_size,
-            "training.gradient_accumulation_steps": groups * num_generations // batch_size,
-            "training.num_generations": num_generations,
-            "training.max_completion_length": self.scale.completion,
             "training.save_steps": self.scale.save_steps,
         }
-        overrides = [f"{name}={value}" for name, value in values.items()]
-        arguments = (str(RECIPES["grpo"]), *overrides, *self.scale.options, *options, "--resume", "auto")
-        return self.run(Case(key, "grpo.py", arguments, self.scale.completion, **case))
+        return self.run(Case(key, "grpo.py", self._arguments("grpo", base | values), self.scale.completion, **case))
+
+    def sft(
+        self,
+        key: str,
+        shape: str,
+        backend: str,
+        values: dict[str, Any],
+        **case: Any,  # noqa: ANN401 -- fields of Case
+    ) -> dict[str, Any] | None:
+        """Run the SFT recipe for a few steps; as :meth:`grpo`."""
+        known = self.known(key, case.get("makes"))
+        if known or not self.wants(key):
+            return known if self.wants(key) else None
+        questions = self.questions(shape, [self.scale.prompt] * 32)
+        base = {
+            "model.name": self.model(shape),
+            "model.backend": backend,
+            "data.train": questions,
+            "data.dev": questions,
+            "training.epochs": 2,
+            "training.eval_steps": 2,
+        }
+        return self.run(Case(key, "sft.py", self._arguments("sft", base | values), **case))
+
+    def _arguments(self, stage: str, values: dict[str, Any]) -> tuple[str, ...]:
+        overrides = [f"{name}={value}" for name, value in (values | self.scale.values).items()]
+        return (str(RECIPES[stage]), *overrides, "--resume", "auto")
 
 
 def part_a(bench: Bench) -> None:
@@ -339,7 +384,7 @@ def part_a(bench: Bench) -> None:
     for backend in scale.backends:
         for size in scale.groups:
             key = f"a/{scale.shape}/{backend}/G{size}"
-            bench.grpo(key, scale.shape, backend, size, [scale.prompt] * scale.steps, scale.steps, size)
+            bench.grpo(key, scale.shape, backend, [scale.prompt] * scale.steps, bench.by_hand(size, batch_size=size))
 
 
 def part_b(bench: Bench) -> None:
@@ -347,14 +392,14 @@ def part_b(bench: Bench) -> None:
     scale = bench.scale
     for shape, cap, size in scale.limits:
         for backend in scale.backends:
-            start, step = 0, scale.coarse
-            end = scale.longest
+            start, end, step = 0, scale.longest, scale.coarse
             for name in ("coarse", "fine"):
                 lengths = list(range(start + step, end + 1, step))
+                if not lengths:
+                    break
+                values = bench.by_hand(size, batch_size=2, longest=lengths[-1])
                 key = f"b/{shape}/{backend}/G{size}/{cap:g}GiB/{name}"
-                row = None
-                if lengths:
-                    row = bench.grpo(key, shape, backend, size, lengths, len(lengths), 2, cap_gib=cap, ascending=True)
+                row = bench.grpo(key, shape, backend, lengths, values, cap_gib=cap, ascending=True)
                 if row is None or row["status"] == "ok":
                     break
                 done = len(row["figures"]["steps"])
@@ -364,12 +409,13 @@ def part_b(bench: Bench) -> None:
 def part_c(bench: Bench) -> None:
     """Where a step's time goes: four questions with eight answers each, all five rewards."""
     scale = bench.scale
+    size = max(scale.groups) // 2
     for backend in scale.backends:
-        for device in ("cuda", "cpu") if scale.shape != "tiny" else ("cpu",):
+        for device in scale.scorers:
             key = f"c/{scale.shape}/{backend}/scorers on {device}"
-            size = 8 if scale.shape != "tiny" else 2
+            values = {**bench.by_hand(size, batch_size=size, groups=4), "training.max_steps": scale.steps}
             lengths = [scale.prompt] * (4 * scale.steps)
-            bench.grpo(key, scale.shape, backend, size, lengths, scale.steps, size, groups=4, scorers=device)
+            bench.grpo(key, scale.shape, backend, lengths, values, scorers={"device": device})
 
 
 def part_d(bench: Bench) -> None:
@@ -378,52 +424,45 @@ def part_d(bench: Bench) -> None:
     files = {}
     for backend, dtype in [("hf", "float32"), *((backend, scale.half) for backend in scale.backends)]:
         name = f"{backend} {dtype}"
-        key = f"d/{scale.shape}/{name}"
         files[name] = bench.work / f"gradients-{scale.shape}-{name.replace(' ', '-')}.safetensors"
-        options = (f"model.dtype={dtype}", "training.max_grad_norm=1e9")
-        bench.grpo(key, scale.shape, backend, 4, [scale.prompt], 1, 4, options=options, gradients=str(files[name]))
+        values = {**bench.by_hand(4, batch_size=4), "model.dtype": dtype, "training.max_grad_norm": 1e9}
+        key = f"d/{scale.shape}/{name}"
+        bench.grpo(key, scale.shape, backend, [scale.prompt], values, gradients=str(files[name]))
     key = f"d/{scale.shape}/agreement"
     if bench.wants(key) and not bench.known(key) and all(file.exists() for file in files.values()):
-        rows = {name: bench.known(f"d/{scale.shape}/{name}") for name in files}
-        same = {row["figures"].get("weights_sha256") for row in rows.values() if row}
-        figures = {"same_4bit_weights": len(same) == 1, "pairs": _agreement(files)}
-        bench.add(key, "ok", figures)
+        rows = [bench.known(f"d/{scale.shape}/{name}") for name in files]
+        weights = {row["figures"].get("weights_sha256") for row in rows if row}
+        bench.add(key, "ok", {"same_4bit_weights": len(weights) == 1, "pairs": agreement(files)})
 
 
 def part_e(bench: Bench) -> None:
     """SFT, then GRPO that is killed and resumed, with all rewards under a cap; then the merge, checked."""
     scale = bench.scale
     backend = scale.backends[0]
-    size = 8 if scale.shape != "tiny" else 2
-    for shape, cap in scale.whole:
+    for shape, cap, card in scale.whole:
         place = f"e/{shape}/{backend}/{cap:g}GiB"
-        if not bench.wants(place):
+        if bench.known(f"{place}/export"):
             continue
-        runs = bench.work / "runs"
-        sft, grpo = (runs / f"{place}-{stage}".replace("/", "-") for stage in ("sft", "grpo"))
-        model, questions = bench.model(shape), bench.questions(shape, [scale.prompt] * 8)
+        sft, grpo = (bench.work / "runs" / f"{place}-{stage}".replace("/", "-") for stage in ("sft", "grpo"))
+        # What the recipe makes of this card; without one, as little as possible.
+        by_hand = {"training.batch_size": 1, "training.gradient_accumulation_steps": 4, "model.max_length": 2_048}
+        chosen = {"gpu": card} if card else {**NO_CARD, **by_hand}
+        values = {**chosen, "training.output": sft}
+        adapter = str(sft / "adapter")
+        if bench.sft(f"{place}/sft", shape, backend, values, cap_gib=cap, makes=adapter) is None:
+            continue
+        chosen = {"gpu": card} if card else bench.by_hand(2, batch_size=2)
         values = {
-            "model.name": model,
-            "model.backend": backend,
-            "model.max_length": scale.prompt + 512,
-            "data.train": questions,
-            "data.dev": questions,
-            "training.output": sft,
-            "training.epochs": 2,
-            "training.batch_size": 1,
-            "training.gradient_accumulation_steps": 4,
-            "training.eval_steps": 2,
+            **chosen,
+            "model.adapter": adapter,
+            "training.output": grpo,
+            "training.max_steps": scale.whole_steps,
         }
-        overrides = [f"{name}={value}" for name, value in values.items()]
-        arguments = (str(RECIPES["sft"]), *overrides, *scale.options, "--resume", "auto")
-        if bench.run(Case(f"{place}/sft", "sft.py", arguments, cap_gib=cap)) is None:
-            continue
-        half = scale.whole_steps // 2
-        for name, kill_at in (("killed", str(grpo / f"checkpoint-{half}")), ("resumed", None)):
+        half = str(grpo / f"checkpoint-{scale.whole_steps // 2}")
+        for name, ends in (("killed", {"kill_at": half}), ("resumed", {"makes": str(grpo / "adapter")})):
             row = bench.grpo(
-                f"{place}/grpo {name}", shape, backend, size, [scale.prompt] * 8, scale.whole_steps, 2,
-                scorers="auto", options=(f"model.adapter={sft / 'adapter'}", f"training.output={grpo}"),
-                cap_gib=cap, kill_at=kill_at,
+                f"{place}/grpo {name}", shape, backend, [scale.prompt] * 8, values,
+                scorers={} if card else {"device": "cpu"}, cap_gib=cap, **ends,
             )  # fmt: skip
             if row is None:
                 break
@@ -442,7 +481,7 @@ def part_e(bench: Bench) -> None:
 PARTS: dict[str, Callable[[Bench], None]] = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e}
 
 
-def _agreement(files: dict[str, Path]) -> list[dict[str, Any]]:
+def agreement(files: dict[str, Path]) -> list[dict[str, Any]]:
     """Return for each pair of gradient files the relative error ‖x − y‖ / ‖y‖ and the cosine over all weights."""
     from safetensors.torch import load_file
     from torch import Tensor

@@ -45,6 +45,7 @@ class Case:
         ascending: take the prompts from the shortest to the longest, one a step.
         gradients: file for the first step's gradients; completions are then given, not sampled.
         kill_at: checkpoint folder on whose completion the process is killed.
+        makes: folder without which a result from an earlier start does not count, as what follows needs it.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Case:
     ascending: bool = False
     gradients: str | None = None
     kill_at: str | None = None
+    makes: str | None = None
 
 
 def cap_memory(gib: float) -> None:

@@ -54,7 +54,7 @@ class LimitedBench(gpu.Bench):
 
     limit = 0
 
-    def grpo(self, key, shape, backend, num_generations, lengths, *others, **options):
+    def grpo(self, key, shape, backend, lengths, values, **options):
         fit = [{"prompt_tokens": length} for length in lengths if length <= self.limit]
         status = "ok" if len(fit) == len(lengths) else "out of memory"
         return self.add(key, status, {"steps": fit})

@@ -41,8 +41,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("대회 자료")
     records = load_records(DATA / "train.json", answers="gold")
     records.sort(key=lambda record: len(record.question + (record.answer or "")))
-    train = [replace(record, id=f"{record.id}-{copy}") for copy in range(8) for record in records[:384]]
-    for name, part in {"train": train, "dev": records[384:388], "test": records[388:392]}.items():
+    train = [replace(record, id=f"{record.id}-{copy}") for copy in range(8) for record in records[:256]]
+    for name, part in {"train": train, "dev": records[256:260], "test": records[260:264]}.items():
         write_records(folder / f"{name}.json", part)
     return folder
 
