@@ -225,6 +225,8 @@ class Bench:
         settings = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
+            # As Unsloth would set it, but before the GPU is first touched, and for both backends alike.
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
             "UNSLOTH_DISABLE_STATISTICS": "1",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",

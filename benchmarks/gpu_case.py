@@ -237,12 +237,14 @@ def made_up_answers(references: list[str], step: int) -> list[str]:
     for place, gold in enumerate(references):
         rng = random.Random(f"{step} {place}")
         verdict, reason = contest_split(gold)
+        words = reason.rstrip(".").split()
+        # A number tells each word from all others.
         words = [
-            word if rng.random() < 0.8 else f"{rng.choice(gold.split())}{rng.randrange(100)}" for word in reason.split()
+            word if rng.random() < 0.8 else f"{rng.choice(words).strip('.')}{rng.randrange(1_000)}" for word in words
         ]
         if place % 3 == 0:
             verdict = verdict.replace('"', '"다른 ', 1)
-        answers.append(f"{verdict}. {' '.join(words)}")
+        answers.append(f"{verdict}. {' '.join(words)}.")
     return answers
 
 
@@ -250,6 +252,7 @@ def run(case: Case, watch: Watch) -> None:
     """Run the case's recipe in this process."""
     import malpyeong.training
 
+    assert "transformers" not in sys.modules, "Unsloth must be imported before transformers"
     train = malpyeong.training.train
 
     def watched(trainer: Any, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 -- as the original
@@ -288,6 +291,9 @@ def main(text: str, result: Path) -> None:
             raise
         found["status"] = "out of memory"
         print(error, file=sys.stderr)
+    reserved = max((step.get("peak_reserved_gib", 0) for step in watch.figures["steps"]), default=0)
+    if case.cap_gib is not None and reserved > 1.01 * case.cap_gib:
+        raise RuntimeError(f"{reserved:.2f} GiB were reserved under a cap of {case.cap_gib} GiB")
     found["figures"] = watch.figures
     write_text(result, json.dumps(found, ensure_ascii=False))
 
