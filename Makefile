@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-gpu sft-qwen grpo-qwen export-qwen submit-qwen clean
+.PHONY: help setup demo test lint format samples tiny-base bench-rewards sft-qwen grpo-qwen export-qwen submit-qwen clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,11 +46,12 @@ samples: $(STAMP) ## rebuild malpyeong/samples/data from the item bank
 tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
 	$(RUN) recipes/tiny_base.py -o "$(RUNS)/tiny_base"
 
-bench-rewards: $(STAMP) ## scoring GRPO batches: pair by pair against ours
-	$(RUN) -m benchmarks.rewards
-
+.PHONY: bench-gpu
 bench-gpu: $(STAMP) ## GRPO on this GPU: Unsloth against plain TRL, memory limits (hours; goes on where it stopped)
 	$(RUN) -m benchmarks.gpu all
+
+bench-rewards: $(STAMP) ## scoring GRPO batches: pair by pair against ours
+	$(RUN) -m benchmarks.rewards
 
 # The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json.
 sft-qwen: $(STAMP) ## SFT of Qwen3-4B on DATA=folder with the contest's files (one GPU)
