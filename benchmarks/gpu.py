@@ -531,10 +531,13 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _revision() -> str | None:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or None
+    """Return git's revision, or what MALPYEONG_REVISION says where the code was copied without its history."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("MALPYEONG_REVISION")
+    return result.stdout.strip()
 
 
 @click.command()

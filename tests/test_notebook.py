@@ -114,7 +114,7 @@ def test_a_failing_command_stops_the_notebook_with_its_message(folder, tmp_path)
     (data / "train.json").write_text("[{}]", encoding="utf-8")
     notebook, error = execute(data, tmp_path / "runs")
     assert error is not None
-    assert "명령이 실패했습니다(종료 코드 2)" in str(error)
+    assert "명령이 실패했습니다(종료 코드" in str(error)
     assert f"{data / 'train.json'}: record 1" in printed(notebook)
     assert not (tmp_path / "runs" / "tiny-small" / "merged").exists()
     assert notebook.cells[-1].execution_count is None
