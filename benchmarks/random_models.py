@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import save_file
 
 from malpyeong.answer import format_problem
+from malpyeong.config import LoraBlock
 from malpyeong.files import new_folder
 from malpyeong.prompts import build_messages, prompt_ids
 from malpyeong.records import Record, load_records, write_records
@@ -123,18 +124,18 @@ def make_adapter(folder: Path, base: Path, shape: str, recipe: Path) -> None:
     """Write a LoRA adapter as ``recipe`` describes it, with random A and B: as if SFT had been there."""
     from peft import LoraConfig
 
-    lora = yaml.safe_load(recipe.read_text("utf-8"))["model"]["lora"]
+    lora = LoraBlock.model_validate(yaml.safe_load(recipe.read_text("utf-8"))["model"]["lora"])
     generator = torch.Generator().manual_seed(1)
     weights = {}
     for name, module in empty_model(shape).named_modules():
-        if name.rpartition(".")[2] in lora["target_modules"]:
-            for part, sizes in (("A", (lora["r"], module.in_features)), ("B", (module.out_features, lora["r"]))):
+        if name.rpartition(".")[2] in lora.target_modules:
+            for part, sizes in (("A", (lora.r, module.in_features)), ("B", (module.out_features, lora.r))):
                 key = f"base_model.model.{name}.lora_{part}.weight"
                 weights[key] = _SPREAD * torch.randn(sizes, generator=generator)
     config = LoraConfig(
-        r=lora["r"],
-        lora_alpha=lora["alpha"],
-        target_modules=lora["target_modules"],
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
