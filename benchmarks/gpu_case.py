@@ -9,6 +9,8 @@ Unsloth has to be imported before transformers, so nothing here imports transfor
 """
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import random
@@ -44,6 +46,7 @@ class Case:
         cap_gib: what the process may allocate on the GPU.
         ascending: take the prompts from the shortest to the longest, one a step.
         gradients: file for the first step's gradients; completions are then given, not sampled.
+        check: let the recipe look first whether it fits the card, by estimate; not where that is what is measured.
         kill_at: checkpoint folder on whose completion the process is killed.
         makes: folder without which a result from an earlier start does not count, as what follows needs it.
     """
@@ -55,6 +58,7 @@ class Case:
     cap_gib: float | None = None
     ascending: bool = False
     gradients: str | None = None
+    check: bool = True
     kill_at: str | None = None
     makes: str | None = None
 
@@ -252,7 +256,6 @@ def run(case: Case, watch: Watch) -> None:
     """Run the case's recipe in this process."""
     import malpyeong.training
 
-    assert "transformers" not in sys.modules, "Unsloth must be imported before transformers"
     train = malpyeong.training.train
 
     def watched(trainer: Any, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 -- as the original
@@ -260,6 +263,10 @@ def run(case: Case, watch: Watch) -> None:
         train(trainer, *arguments, **options)
 
     malpyeong.training.train = watched
+    if not case.check and importlib.util.find_spec("malpyeong.doctor"):
+        doctor = importlib.import_module("malpyeong.doctor")
+        doctor.check = lambda *_: None
+    assert "transformers" not in sys.modules, "Unsloth must be imported before transformers"
     recipe = runpy.run_path(str(ROOT / "recipes" / case.script))["main"]
     recipe.main(list(case.arguments), standalone_mode=False)
 
