@@ -149,11 +149,11 @@ def make_plan(
             members = [row for row in members if context.id in candidates[records[row].id]]
         members.sort(key=lambda row: (-len(rows[row]), row))
         if members and len(heads[number]) + len(rows[members[0]]) > max_length:
+            longest = len(heads[number]) + len(rows[members[0]])
             where = f'rule "{context.id}"' if context else "no rule"
-            needed = max(map(len, heads)) + max(map(len, rows))
             raise InputError(
-                f"a question with {where} and its answer have {len(heads[number]) + len(rows[members[0]])} tokens, more "
-                f"than model.max_length={max_length}; raise it (to {needed} for everything) or shorten the rule"
+                f"a question with {where} and its answer have {longest} tokens, more than model.max_length={max_length}; "
+                f"raise it (to {max(map(len, heads)) + max(map(len, rows))} for everything) or shorten the rule"
             )
         while members:
             size = max(1, batch_tokens // (len(heads[number]) + len(rows[members[0]])))
@@ -171,7 +171,7 @@ def mine(model: Any, plan: Plan, pad: int, done: int = 0) -> Iterator[list[float
     """
     rest = plan.batches[done:]
     if rest:
-        _check_parts(model, plan, rest[-1], pad)
+        _check_parts(model, plan, rest, pad)
     for context, batches in groupby(rest, key=lambda batch: batch.context):
         prefix = shared_prefix(model, plan.heads[context])
         for batch in batches:
@@ -318,17 +318,18 @@ def load_candidates(path: Path, records: Sequence[Record], rules: Sequence[Rule]
     return candidates
 
 
-def _check_parts(model: Any, plan: Plan, batch: Batch, pad: int) -> None:  # noqa: ANN401 -- a causal LM
-    """Make sure that this architecture may be computed in parts: once a run, against the definition."""
-    rows = [plan.rows[batch.rows[0]], plan.rows[batch.rows[-1]]]
+def _check_parts(model: Any, plan: Plan, batches: Sequence[Batch], pad: int) -> None:  # noqa: ANN401 -- a causal LM
+    """Make sure, once a run, that this architecture may be computed in parts: the longest context, padded rows."""
+    batch = max(batches, key=lambda batch: len(plan.heads[batch.context]))
     head = plan.heads[batch.context]
-    fast = perplexities(model, shared_prefix(model, head), rows, pad)
-    plain = [perplexity(model, [*head, *row.prompt_end], row.answer) for row in rows]
+    rows = [plan.rows[batch.rows[0]], plan.rows[batch.rows[-1]]]
+    parts = perplexities(model, shared_prefix(model, head), rows, pad)
+    whole = [perplexity(model, [*head, *row.prompt_end], row.answer) for row in rows]
     tolerance = 1e-3 if str(model.dtype) == "torch.float32" else 5e-2
-    if any(abs(a - b) > tolerance * b for a, b in zip(fast, plain, strict=True)):
+    if any(abs(a - b) > tolerance * b for a, b in zip(parts, whole, strict=True)):
         raise RuntimeError(
-            f"perplexities in parts {fast} differ from those of whole sequences {plain}: this architecture cannot be "
-            "computed from a shared prefix"
+            f"perplexities in parts {parts} differ from those of whole sequences {whole}: this architecture cannot be "
+            "computed after a shared prefix"
         )
 
 

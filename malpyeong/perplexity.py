@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_LOGITS = 2**25  # held at once, in float32: 128 MiB
+MAX_LOGITS = 2**23  # held at once, in float32: 32 MiB
 
 
 class Row(NamedTuple):
@@ -44,7 +44,11 @@ class _SharedLayer(DynamicLayer):
         self.keys, self.values = layer.keys, layer.values
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,  # noqa: ANN401 -- as in the base class
+        **kwargs: Any,  # noqa: ANN401
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = key_states.shape[0]
         return (
