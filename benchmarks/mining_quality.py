@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -94,9 +95,7 @@ def main(model: str, adapter: str | None, questions: int, output: Path | None) -
             "mrr": statistics.mean(1 / rank for rank in found),
             "median_rank": statistics.median(found),
             "best_rule_helps": sum(min(row) < base for row, base in zip(ppl, alone, strict=True)) / questions,
-            "labelled_rule_helps": sum(
-                row[label] < base for row, base, label in zip(ppl, alone, labels, strict=True)
-            )
+            "labelled_rule_helps": sum(row[label] < base for row, base, label in zip(ppl, alone, labels, strict=True))
             / questions,
         }
     table = Table(title=f"{questions} dev questions, {count} rules")
@@ -106,13 +105,16 @@ def main(model: str, adapter: str | None, questions: int, output: Path | None) -
         table.add_row(name, *(f"{value:.3f}" if key != "median_rank" else f"{value:.0f}" for key, value in row.items()))
     Console(width=120).print(table)
     figures["spearman"] = statistics.mean(
-        statistics.correlation(a, b, method="ranked") for a, b in zip(first, last, strict=True)
+        float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+        for a, b in zip(first, last, strict=True)
     )
     figures["same_top1"] = sum(
         min(range(count), key=a.__getitem__) == min(range(count), key=b.__getitem__)
         for a, b in zip(first, last, strict=True)
     ) / len(records)
-    click.echo(f"the two orders: mean rank correlation {figures['spearman']:.3f}, same top 1 {figures['same_top1']:.3f}")
+    click.echo(
+        f"the two orders: mean rank correlation {figures['spearman']:.3f}, same top 1 {figures['same_top1']:.3f}"
+    )
     if output:
         output.write_text(json.dumps({"questions": questions, "rules": count, **figures}, indent=2) + "\n", "utf-8")
 

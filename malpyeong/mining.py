@@ -152,7 +152,7 @@ def make_plan(
             longest = len(heads[number]) + len(rows[members[0]])
             where = f'rule "{context.id}"' if context else "no rule"
             raise InputError(
-                f"a question with {where} and its answer have {longest} tokens, more than model.max_length={max_length}; "
+                f"a question with {where} and its answer have {longest} tokens, over model.max_length={max_length}; "
                 f"raise it (to {max(map(len, heads)) + max(map(len, rows))} for everything) or shorten the rule"
             )
         while members:
@@ -166,8 +166,8 @@ def mine(model: Any, plan: Plan, pad: int, done: int = 0) -> Iterator[list[float
     """Yield the perplexities of each batch of the plan, from the batch ``done`` on.
 
     Raises:
-        InputError: the model gives a perplexity that is not a number.
-        RuntimeError: the model gives another perplexity for a whole sequence than for one in parts.
+        InputError: the model gives a perplexity that is not a number, or another one for a whole sequence than for one
+            in parts.
     """
     rest = plan.batches[done:]
     if rest:
@@ -327,9 +327,9 @@ def _check_parts(model: Any, plan: Plan, batches: Sequence[Batch], pad: int) -> 
     whole = [perplexity(model, [*head, *row.prompt_end], row.answer) for row in rows]
     tolerance = 1e-3 if str(model.dtype) == "torch.float32" else 5e-2
     if any(abs(a - b) > tolerance * b for a, b in zip(parts, whole, strict=True)):
-        raise RuntimeError(
-            f"perplexities in parts {parts} differ from those of whole sequences {whole}: this architecture cannot be "
-            "computed after a shared prefix"
+        raise InputError(
+            f"perplexities in parts {parts} differ from those of whole sequences {whole}: this model's architecture "
+            "cannot be computed after a shared prefix; choose another model"
         )
 
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_LOGITS = 2**23  # held at once, in float32: 32 MiB
+MAX_LOGITS = 2**25  # held at once, in float32: 128 MiB
 
 
 class Row(NamedTuple):
