@@ -9,14 +9,11 @@ prompts share is computed once (:func:`shared_prefix`), answers are batched, and
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MAX_LOGITS = 2**25  # held at once, in float32: 128 MiB
 
@@ -31,17 +28,20 @@ class Row(NamedTuple):
         return len(self.prompt_end) + len(self.answer) - 1
 
 
-class _SharedLayer(DynamicLayer):
+class _SharedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of a prefix, of shape [1, heads, prefix, head_dim], that every row of any batch attends to.
 
     Nothing is added to it: a layer's keys and values of one batch live no longer than that layer's attention, and the
     prefix serves the next batch as it is.
     """
 
-    def __init__(self, layer: DynamicLayer) -> None:
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer.keys, layer.values
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
 
     def update(
         self,
@@ -73,7 +73,8 @@ def shared_prefix(model: Any, prefix: Sequence[int]) -> Cache:  # noqa: ANN401 -
     cache = DynamicCache()
     ids = torch.tensor([list(prefix)], device=model.device)
     _causal_lm(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-    return Cache(layers=[_SharedLayer(layer) for layer in cache.layers])
+    layers: Any = cache.layers
+    return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in layers])
 
 
 @torch.inference_mode()
@@ -111,19 +112,18 @@ def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> li
     ).last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(places, device=hidden.device)]
     targets = torch.tensor([token for row in rows for token in row.answer], device=hidden.device)
-    head: Any = lm.get_output_embeddings()
+    head = lm.get_output_embeddings()
     step = max(1, MAX_LOGITS // lm.config.get_text_config().vocab_size)
     losses = torch.cat(
         [
             cross_entropy(head(some).float(), some_targets, reduction="none")
-            for some, some_targets in zip(hidden.split(step), targets.split(step), strict=True)
+            for some, some_targets in zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
         ]
     )
-    means = [part.double().mean() for part in losses.cpu().split([len(row.answer) for row in rows])]
+    means = [part.double().mean() for part in torch.split(losses.cpu(), [len(row.answer) for row in rows])]
     return [math.exp(float(mean)) for mean in means]
 
 
-def _causal_lm(model: Any) -> "PreTrainedModel":  # noqa: ANN401 -- a transformers or PEFT model
+def _causal_lm(model: Any) -> Any:  # noqa: ANN401 -- transformers and PEFT models
     """Return the transformers model; LoRA layers sit inside it."""
-    lm: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return lm
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

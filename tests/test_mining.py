@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
@@ -287,25 +289,34 @@ def folder(tmp_path):
     return folder
 
 
-def command(folder, output, *overrides):
-    return (
-        "recipes/mine_contexts.py",
+def arguments(folder, output, *more):
+    return [
         "recipes/tiny/mine.yaml",
         "model.adapter=null",
         f"data.questions={folder / 'q.json'}",
         f"data.rules={folder / 'rules.json'}",
         f"mining.output={folder / output}",
         "mining.batch_tokens=600",
-        *overrides,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """Run the recipe in this process and return click's result."""
+    command = runpy.run_path(str(ROOT / "recipes" / "mine_contexts.py"))["main"]
+    return lambda *given: CliRunner().invoke(command, arguments(*given))
+
+
+def test_killed_and_started_again_gives_the_same_file(folder, recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert recipe(folder, "whole").exit_code == 0
+    part, result = (folder / "killed" / name for name in ("contexts.part.jsonl", "contexts.jsonl"))
+    process = subprocess.Popen(
+        [sys.executable, "recipes/mine_contexts.py", *arguments(folder, "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-
-
-def test_killed_and_started_again_gives_the_same_file(folder, run_module):
-    whole = run_module(*command(folder, "whole"))
-    assert whole.returncode == 0, whole.stderr
-    arguments = [sys.executable, *command(folder, "killed"), "--resume", "auto"]
-    part = folder / "killed" / "contexts.part.jsonl"
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 5):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -313,36 +324,32 @@ def test_killed_and_started_again_gives_the_same_file(folder, run_module):
     kept = part.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     assert kept.count(b"\n") > 5
-    assert not (folder / "killed" / "contexts.jsonl").exists()
+    assert not result.exists()
+    refused = recipe(folder, "killed")
+    assert refused.exit_code == 2
+    assert "--resume auto" in refused.output
 
-    refused = run_module(*command(folder, "killed"))
-    assert refused.returncode == 2
-    assert "--resume auto" in refused.stderr
     # What was computed is believed, not computed again: a changed number comes through to the result.
-    lines = kept.decode().splitlines(keepends=True)
-    changed = json.loads(lines[1])
-    lines[1] = part_line(changed["batch"], [1.25, *changed["ppl"][1:]])
-    part.write_text("".join(lines))
-    trusted = run_module(*command(folder, "killed"), "--resume", "auto")
-    assert trusted.returncode == 0, trusted.stderr
-    assert (folder / "killed" / "contexts.jsonl").read_text("utf-8").count("1.25,") == 1
-    (folder / "killed" / "contexts.jsonl").unlink()
+    header, first, *lines = kept.decode().splitlines(keepends=True)
+    changed = part_line(0, [1.25, *json.loads(first)["ppl"][1:]])
+    part.write_text("".join([header, changed, *lines]))
+    assert recipe(folder, "killed", "--resume", "auto").exit_code == 0
+    assert result.read_text("utf-8").count('"ppl_question": 1.25,') == 1
+    result.unlink()
 
     part.write_bytes(kept + b'{"batch": 6, "ppl": [1.0')
-    result = run_module(*command(folder, "killed"), "--resume", "auto")
-    assert result.returncode == 0, result.stderr
+    assert recipe(folder, "killed", "--resume", "auto").exit_code == 0
     for name in ("contexts.jsonl", "mining.json"):
         assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     assert not part.exists()
-    again = run_module(*command(folder, "killed"), "--resume", "auto")
-    assert again.returncode == 0
-    assert "ended already" in again.stdout
+    assert "ended already" in recipe(folder, "killed", "--resume", "auto").output
 
 
-def test_estimate_computes_nothing(folder, run_module):
-    result = run_module(*command(folder, "none"), "--estimate")
-    assert result.returncode == 0, result.stderr
-    assert "tokens to compute" in result.stdout
+def test_estimate_computes_nothing(folder, recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = recipe(folder, "none", "--estimate")
+    assert result.exit_code == 0
+    assert "tokens to compute" in result.output
     assert not (folder / "none").exists()
 
 
