@@ -163,7 +163,7 @@ class GRPORecipe(Block):
 
 
 class MiningModel(Block):
-    """Whose perplexity is measured, best after SFT: a folder or hub id, with a LoRA adapter on it or without."""
+    """Whose perplexity is measured: a folder or hub id, with a LoRA adapter on it or without."""
 
     name: str
     adapter: str | None = None

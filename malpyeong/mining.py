@@ -114,7 +114,8 @@ def make_plan(
         batch_tokens: limit of a batch: rows times (context + longest row).
 
     Raises:
-        InputError: a question, rule and answer together have more than ``max_length`` tokens.
+        InputError: a question, rule and answer together have more than ``max_length`` tokens, or the chat template does
+            not put the rule before the question.
     """
     contexts = [None, *rules]
 
@@ -131,7 +132,10 @@ def make_plan(
     for context in contexts:
         ids = prompt(context, records[0])
         if ids[-len(ends[0]) :] != ends[0]:
-            raise RuntimeError("the chat template does not put the question's end after the system message's")
+            raise InputError(
+                "the chat template or tokenizer of the model does not keep the rule, in the system message, apart "
+                "from the question after it; choose another model"
+            )
         heads.append(ids[: -len(ends[0])])
 
     rows = [Row(end, _answer(tokenizer, record.answer or "")) for end, record in zip(ends, records, strict=True)]

@@ -216,6 +216,24 @@ def test_a_window_shorter_than_the_prompt_is_refused(tiny):
         list(mine(MistralForCausalLM(config).eval(), plan, tokenizer.pad_token_id))
 
 
+@pytest.mark.parametrize("form", [{"dtype": "bfloat16"}, {"dtype": "float32", "load_in_4bit": True}])
+def test_other_number_formats_agree_with_the_definition(form):
+    model, tokenizer = load_for_prediction(str(TINY_BASE), **form)
+    plan = make_plan(tokenizer, DEV[:2], RULES[:1], None, 1024, 2048)
+    found = list(mine(model, plan, tokenizer.pad_token_id))
+    for batch, ppls in zip(plan.batches, found, strict=True):
+        for row, ppl in zip(batch.rows, ppls, strict=True):
+            prompt = plan.heads[batch.context] + plan.rows[row].prompt_end
+            assert ppl == pytest.approx(perplexity(model, prompt, plan.rows[row].answer), rel=5e-2)
+
+
+def test_a_template_that_puts_the_question_first_is_refused():
+    _, tokenizer = load_for_prediction(str(TINY_BASE), dtype="float32")
+    tokenizer.chat_template = tokenizer.chat_template.replace("in messages %", "in messages[::-1] %")
+    with pytest.raises(InputError, match="choose another model"):
+        make_plan(tokenizer, DEV[:3], RULES[:2], None, 1024, 2048)
+
+
 def test_a_perplexity_that_is_no_number_stops_the_run(tiny):
     _, tokenizer = tiny
     model = load_for_prediction(str(TINY_BASE), dtype="float32")[0]
@@ -292,7 +310,6 @@ def folder(tmp_path):
 def arguments(folder, output, *more):
     return [
         "recipes/tiny/mine.yaml",
-        "model.adapter=null",
         f"data.questions={folder / 'q.json'}",
         f"data.rules={folder / 'rules.json'}",
         f"mining.output={folder / output}",
