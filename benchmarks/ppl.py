@@ -15,7 +15,7 @@ Rules have the lengths of the contest's sections (median 329 characters, 95 % be
 sample's rules is cut to them. Models, both in float32:
 
 - tiny: the sample model (2.2 M parameters, characters for tokens, a vocabulary of 1,664). The loop runs on all pairs.
-- qwen3: random weights with Qwen3's blocks and its vocabulary of 151,936 (71 M parameters, 58 M of them embeddings):
+- qwen3: random weights with Qwen3's blocks and its vocabulary of 151,936 (69 M parameters, 58 M of them embeddings):
   logits cost what they do in a small real model. The same tokens. The loop runs on a sample of the pairs.
 """
 
