@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format samples tiny-base bench-rewards sft-qwen grpo-qwen export-qwen submit-qwen clean
+.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-ppl sft-qwen grpo-qwen export-qwen submit-qwen clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ bench-gpu: $(STAMP) ## GRPO on this GPU: Unsloth against plain TRL, memory limit
 
 bench-rewards: $(STAMP) ## scoring GRPO batches: pair by pair against ours
 	$(RUN) -m benchmarks.rewards
+
+bench-ppl: $(STAMP) ## mining PPL labels: a forward for each pair against ours
+	$(RUN) -m benchmarks.ppl
 
 # The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json.
 sft-qwen: $(STAMP) ## SFT of Qwen3-4B on DATA=folder with the contest's files (one GPU)

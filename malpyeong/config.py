@@ -162,6 +162,42 @@ class GRPORecipe(Block):
         return self
 
 
+class MiningModel(Block):
+    """Whose perplexity is measured: a folder or hub id, with a LoRA adapter on it or without."""
+
+    name: str
+    adapter: str | None = None
+    load_in_4bit: bool
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    max_length: int = Field(gt=0)
+
+
+class MiningData(Block):
+    """Questions with gold answers, the rule book, and (None: every rule) the rules that a retriever proposes, as JSONL
+    of ``{"id": record, "rules": [rule ids]}``."""
+
+    questions: str
+    rules: str
+    candidates: str | None = None
+
+
+class MiningOutput(Block):
+    """``top_k`` rules are written for each question. ``batch_tokens``: tokens attended to at once, rows × (rule +
+    longest question and answer)."""
+
+    output: str
+    top_k: int = Field(gt=0)
+    batch_tokens: int = Field(gt=0)
+
+
+class MiningRecipe(Block):
+    """``recipes/mine_contexts.py``."""
+
+    model: MiningModel
+    data: MiningData
+    mining: MiningOutput
+
+
 Recipe = TypeVar("Recipe", bound=Block)
 
 

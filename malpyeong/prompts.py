@@ -15,10 +15,14 @@ Message = dict[str, str]
 TEMPLATE_OPTIONS: dict[str, Any] = {"enable_thinking": False, "date_string": "01 Jan 2025"}
 
 
-def build_messages(record: Record) -> list[Message]:
-    """Return the chat messages that ask a model for the answer of ``record``."""
+def build_messages(record: Record, context: str = "") -> list[Message]:
+    """Return the chat messages that ask a model for the answer of ``record``.
+
+    ``context``, such as a rule, goes before the question: prompts of one context then begin with the same tokens, which
+    need to be computed only once.
+    """
     return [
-        {"role": "system", "content": INSTRUCTION},
+        {"role": "system", "content": f"{INSTRUCTION}\n\n참고할 어문 규범:\n{context}" if context else INSTRUCTION},
         {"role": "user", "content": f"[{record.question_type}] {record.question}"},
     ]
 

@@ -59,8 +59,7 @@ def check_run(output: Path, recipe: Block, inputs: Sequence[Path], resume: bool)
         return None
     if not resume:
         raise InputError(
-            f"{output}: holds a run already; add --resume auto to go on with it, or choose another folder with "
-            "training.output=…"
+            f"{output}: holds a run already; add --resume auto to go on with it, or choose another output folder"
         )
     try:
         recorded = json.loads((output / "environment.json").read_text("utf-8"))["sha256"]
@@ -73,7 +72,7 @@ def check_run(output: Path, recipe: Block, inputs: Sequence[Path], resume: bool)
     if different:
         raise InputError(
             f"{output}: holds a run of another recipe or other data (different: {', '.join(different[:5])}); choose "
-            "another folder with training.output=…"
+            "another output folder"
         )
     return last_checkpoint(output)
 

@@ -1,0 +1,359 @@
+"""Which rule makes the gold answer likelier: PPL mining of context labels.
+
+For a question q with gold answer a and each rule c of the rule book::
+
+    delta = PPL(a|q) - PPL(a|c,q)        improvement_ratio = delta / PPL(a|q)
+
+and the rules with the largest delta label the question. This needs the gold answer: it labels training data and has no
+place at test time. ``PPL`` of a choice question's options needs none: each option's verdict is scored without a rule.
+
+Prompt order. The rule stands in the system message, before the question, so that all questions share a rule's
+beginning, which is computed once; a pair costs the tokens of its question and answer alone. With the question first,
+the shared part would be the shorter one. docs/mining.md says what the order does to the ranking.
+
+Resuming. The batches follow from the inputs alone. Each one's results are one line of a part file, so a killed run goes
+on with the batch that it was at and ends in the same result.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from malpyeong.answer import subject_particle
+from malpyeong.errors import InputError
+from malpyeong.files import write_text
+from malpyeong.perplexity import Row, perplexities, perplexity, shared_prefix
+from malpyeong.prompts import build_messages, completion_ids, prompt_ids
+from malpyeong.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_RULE = 0  # position of "no rule" among a plan's contexts
+
+
+class Rule(NamedTuple):
+    """A rule of the rule book as the model reads it."""
+
+    id: str
+    full_text: str
+
+
+class Batch(NamedTuple):
+    """Rows (positions in :attr:`Plan.rows`) that are computed together after one context."""
+
+    context: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is computed, in tokens and in order.
+
+    Attributes:
+        heads: the shared beginning of the prompt for each context: no rule, then every rule.
+        rows: the question's end of the prompt with its gold answer, one for each record, in their order; then the same
+            with each option's verdict for an answer.
+        options: for each record the (sentence, position in ``rows``) of its options.
+        batches: contexts in order, long rows first.
+    """
+
+    heads: list[list[int]]
+    rows: list[Row]
+    options: list[list[tuple[str, int]]]
+    batches: list[Batch]
+
+    @property
+    def pairs(self) -> int:
+        """How many perplexities are computed."""
+        return sum(len(batch.rows) for batch in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model reads."""
+        contexts = {batch.context for batch in self.batches}
+        return sum(len(self.heads[context]) for context in contexts) + sum(map(self.cost, self.batches))
+
+    @property
+    def naive_tokens(self) -> int:
+        """How many tokens it would read with a whole forward for every perplexity."""
+        return sum(len(batch.rows) * len(self.heads[batch.context]) + self.cost(batch) for batch in self.batches)
+
+    def cost(self, batch: Batch) -> int:
+        """Return the tokens of a batch after its context."""
+        return sum(len(self.rows[row]) for row in batch.rows)
+
+    def digest(self) -> str:
+        """Return a digest of all tokens and their order: of data, rules, tokenizer, template and batch size."""
+        return hashlib.sha256(json.dumps([self.heads, self.rows, self.batches]).encode()).hexdigest()
+
+
+def make_plan(
+    tokenizer: "PreTrainedTokenizerBase",
+    records: Sequence[Record],
+    rules: Sequence[Rule],
+    candidates: Mapping[str, Sequence[str]] | None,
+    max_length: int,
+    batch_tokens: int,
+) -> Plan:
+    """Lay out the whole work.
+
+    Args:
+        tokenizer: with a chat template.
+        records: questions with gold answers.
+        rules: every rule that may be a candidate.
+        candidates: for each record's id the rules to try, or None to try every rule.
+        max_length: limit of prompt and answer together, in tokens.
+        batch_tokens: limit of a batch: rows times (context + longest row).
+
+    Raises:
+        InputError: a question, rule and answer together have more than ``max_length`` tokens, or the chat template does
+            not put the rule before the question.
+    """
+    contexts = [None, *rules]
+
+    def prompt(context: Rule | None, record: Record) -> list[int]:
+        return prompt_ids(tokenizer, build_messages(record, context.full_text if context else ""))
+
+    # A prompt is one of `heads` and one of `ends`. Only the prompts of the first record and of the first rule are
+    # rendered whole; where the tokenizer merged over the seam, the two would not meet.
+    prompts = [prompt(contexts[-1], record) for record in records]
+    shared = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else len(prompts[0]) - 1
+    shared = min(shared, min(map(len, prompts)) - 1)
+    ends = [ids[shared:] for ids in prompts]
+    heads = []
+    for context in contexts:
+        ids = prompt(context, records[0])
+        if ids[-len(ends[0]) :] != ends[0]:
+            raise InputError(
+                "the chat template or tokenizer of the model does not keep the rule, in the system message, apart "
+                "from the question after it; choose another model"
+            )
+        heads.append(ids[: -len(ends[0])])
+
+    rows = [Row(end, _answer(tokenizer, record.answer or "")) for end, record in zip(ends, records, strict=True)]
+    named: list[list[tuple[str, int]]] = []
+    for end, record in zip(ends, records, strict=True):
+        named.append([])
+        for sentence in _options(record):
+            named[-1].append((sentence, len(rows)))
+            rows.append(Row(end, _answer(tokenizer, f'"{sentence}"{subject_particle(sentence)} 옳다.')))
+
+    batches = []
+    for number, context in enumerate(contexts):
+        members = list(range(len(rows) if context is None else len(records)))
+        if context is not None and candidates is not None:
+            members = [row for row in members if context.id in candidates[records[row].id]]
+        members.sort(key=lambda row: (-len(rows[row]), row))
+        if members and len(heads[number]) + len(rows[members[0]]) > max_length:
+            longest = len(heads[number]) + len(rows[members[0]])
+            where = f'rule "{context.id}"' if context else "no rule"
+            raise InputError(
+                f"a question with {where} and its answer have {longest} tokens, over model.max_length={max_length}; "
+                f"raise it (to {max(map(len, heads)) + max(map(len, rows))} for everything) or shorten the rule"
+            )
+        while members:
+            size = max(1, batch_tokens // (len(heads[number]) + len(rows[members[0]])))
+            batches.append(Batch(number, tuple(members[:size])))
+            del members[:size]
+    return Plan(heads, rows, named, batches)
+
+
+def mine(model: Any, plan: Plan, pad: int, done: int = 0) -> Iterator[list[float]]:  # noqa: ANN401 -- a causal LM
+    """Yield the perplexities of each batch of the plan, from the batch ``done`` on.
+
+    Raises:
+        InputError: the model gives a perplexity that is not a number, or another one for a whole sequence than for one
+            in parts.
+    """
+    rest = plan.batches[done:]
+    if rest:
+        _check_parts(model, plan, rest, pad)
+    for context, batches in groupby(rest, key=lambda batch: batch.context):
+        prefix = shared_prefix(model, plan.heads[context])
+        for batch in batches:
+            found = perplexities(model, prefix, [plan.rows[row] for row in batch.rows], pad)
+            if not all(map(math.isfinite, found)):
+                raise InputError("the model's perplexity is not a number; set model.dtype=bfloat16 or float32")
+            yield found
+
+
+def ranked(
+    plan: Plan, records: Sequence[Record], rules: Sequence[Rule], found: Sequence[Sequence[float]], top_k: int
+) -> list[dict[str, Any]]:
+    """Return one JSON object for each record: its perplexity, the ``top_k`` rules by delta, and its options.
+
+    Rules of equal delta stand in the order of the rule book.
+    """
+    ppl: dict[tuple[int, int], float] = {}
+    for batch, values in zip(plan.batches, found, strict=True):
+        ppl.update({(batch.context, row): value for row, value in zip(batch.rows, values, strict=True)})
+    results = []
+    for row, record in enumerate(records):
+        alone = ppl[NO_RULE, row]
+        tried = [(rule.id, ppl[number, row]) for number, rule in enumerate(rules, 1) if (number, row) in ppl]
+        tried.sort(key=lambda pair: pair[1])
+        results.append(
+            {
+                "id": record.id,
+                "ppl_question": _short(alone),
+                "candidates": [
+                    {
+                        "rule": id_,
+                        "ppl": _short(value),
+                        "delta": _short(alone - value),
+                        "improvement_ratio": _short((alone - value) / alone),
+                    }
+                    for id_, value in tried[:top_k]
+                ],
+                "options": [
+                    {"sentence": sentence, "ppl": _short(ppl[NO_RULE, place])} for sentence, place in plan.options[row]
+                ],
+            }
+        )
+    return results
+
+
+def open_part(path: Path, header: Mapping[str, Any], plan: Plan) -> list[list[float]]:
+    """Return what an earlier start has computed, having cut off a line that a kill tore; or begin the file.
+
+    Raises:
+        InputError: the file was made with other data, another model or other settings, or is damaged.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if not whole:
+        write_text(path, json.dumps(header, ensure_ascii=False) + "\n")
+        return []
+    try:
+        first, *lines = map(json.loads, whole.splitlines())
+        different = [name for name in header if first.get(name) != header[name]]
+        found = [line["ppl"] for line in lines]
+        fits = [line["batch"] for line in lines] == list(range(len(lines))) and len(lines) <= len(plan.batches)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise InputError(f"{path}: is damaged; remove it to compute everything again") from None
+    if different:
+        raise InputError(
+            f"{path}: was computed with another {' and '.join(different)}; choose another output, or remove it to "
+            "compute everything again"
+        )
+    if not fits or any(len(ppl) != len(batch.rows) for ppl, batch in zip(found, plan.batches, strict=False)):
+        raise InputError(f"{path}: is damaged; remove it to compute everything again")
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return found
+
+
+def part_line(number: int, found: Sequence[float]) -> str:
+    """Return the part file's line for a batch."""
+    return json.dumps({"batch": number, "ppl": list(found)}) + "\n"
+
+
+def weights_digest(model: Any) -> str:  # noqa: ANN401 -- a transformers or PEFT model
+    """Return a digest of the weights in use, the adapter's among them, as they are held (4-bit or not)."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return found.hexdigest()
+
+
+def load_rules(path: Path) -> list[Rule]:
+    """Read a rule book: a JSON list of id, category, title, text and examples.
+
+    Raises:
+        InputError: the file cannot be read, a rule has no id or text, or an id stands twice.
+    """
+    try:
+        items = json.loads(path.read_text("utf-8-sig"))
+        rules = [
+            Rule(item["id"], "\n".join((item.get("title", ""), item["text"], ", ".join(item.get("examples", [])))))
+            for item in items
+        ]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name the rule book's JSON file") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f'{path}: is no rule book; expected a JSON list of {{"id": …, "title": …, "text": …, "examples": […]}}'
+        ) from None
+    if not rules or len({rule.id for rule in rules}) < len(rules):
+        raise InputError(f"{path}: holds no rule, or two with the same id; make ids unique")
+    return rules
+
+
+def load_candidates(path: Path, records: Sequence[Record], rules: Sequence[Rule]) -> dict[str, list[str]]:
+    """Read which rules to try for each record: JSONL of ``{"id": record, "rules": [rule ids]}``.
+
+    Raises:
+        InputError: the file cannot be read, a record is missing or stands twice, or a rule is unknown.
+    """
+    known = {rule.id for rule in rules}
+    candidates: dict[str, list[str]] = {}
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, ValueError):
+        raise InputError(f"{path}: cannot be read as UTF-8; name the retriever's JSONL file") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            id_, proposed = item["id"], list(item["rules"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f'{path}: line {number}: expected {{"id": record, "rules": [rule ids]}}') from None
+        unknown = [rule for rule in proposed if rule not in known]
+        if unknown:
+            raise InputError(f'{path}: line {number}: the rule book has no rule "{unknown[0]}"')
+        if id_ in candidates:
+            raise InputError(f'{path}: line {number}: id "{id_}" stands twice')
+        candidates[id_] = proposed
+    missing = [record.id for record in records if record.id not in candidates]
+    if missing:
+        raise InputError(f'{path}: {len(missing)} records have no line, first id "{missing[0]}"')
+    return candidates
+
+
+def _check_parts(model: Any, plan: Plan, batches: Sequence[Batch], pad: int) -> None:  # noqa: ANN401 -- a causal LM
+    """Make sure, once a run, that this architecture may be computed in parts: the longest context, padded rows."""
+    batch = max(batches, key=lambda batch: len(plan.heads[batch.context]))
+    head = plan.heads[batch.context]
+    rows = [plan.rows[batch.rows[0]], plan.rows[batch.rows[-1]]]
+    parts = perplexities(model, shared_prefix(model, head), rows, pad)
+    whole = [perplexity(model, [*head, *row.prompt_end], row.answer) for row in rows]
+    tolerance = 1e-3 if str(model.dtype) == "torch.float32" else 5e-2
+    if any(abs(a - b) > tolerance * b for a, b in zip(parts, whole, strict=True)):
+        raise InputError(
+            f"perplexities in parts {parts} differ from those of whole sequences {whole}: this model's architecture "
+            "cannot be computed after a shared prefix; choose another model"
+        )
+
+
+def _answer(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    return completion_ids(tokenizer, text)[:-1]  # without the end of the turn
+
+
+_BRACES = re.compile(r'"(?P<before>[^{}"]*)\{(?P<options>[^{}]*/[^{}]*)\}(?P<after>[^{}"]*)"')
+
+
+def _options(record: Record) -> tuple[str, ...]:
+    """Return the sentences among which a question with one pair of braces asks to choose."""
+    if record.question_type != "선택형" or record.question.count("{") != 1:
+        return ()
+    found = _BRACES.search(record.question)
+    if not found:
+        return ()
+    return tuple(found["before"] + option.strip() + found["after"] for option in found["options"].split("/"))
+
+
+def _short(value: float) -> float:
+    """Return a value with the six digits that float32 carries."""
+    return float(f"{value:.6g}")

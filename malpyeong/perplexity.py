@@ -1,0 +1,129 @@
+"""Perplexity of answers, many answers to one prompt's beginning at a time.
+
+``PPL(a | prompt) = exp(mean over the answer's tokens of -log p(token | prompt, answer so far))``. Prompt tokens do not
+count, and neither does the end-of-turn token: whether a model stops says nothing about what it was shown.
+
+:func:`perplexity` is this definition in code. :func:`perplexities` gives the same numbers fast: the part that the
+prompts share is computed once (:func:`shared_prefix`), answers are batched, and logits exist at answer positions only.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+MAX_LOGITS = 2**25  # held at once, in float32: 128 MiB
+
+
+class Row(NamedTuple):
+    """What follows a shared prefix: the prompt's end (at least one token), and the answer that is scored."""
+
+    prompt_end: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:  # the answer's last token is predicted, never read
+        return len(self.prompt_end) + len(self.answer) - 1
+
+
+class _SharedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of a prefix, of shape [1, heads, prefix, head_dim], that every row of any batch attends to.
+
+    Nothing is added to it: a layer's keys and values of one batch live no longer than that layer's attention, and the
+    prefix serves the next batch as it is.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,  # noqa: ANN401 -- as in the base class
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = key_states.shape[0]
+        return (
+            torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2),
+            torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2),
+        )
+
+
+@torch.inference_mode()
+def perplexity(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:  # noqa: ANN401 -- a causal LM
+    """Return PPL(answer | prompt) by one forward over the whole sequence: slow and plain."""
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return math.exp(float(cross_entropy(logits.float(), ids[0, len(prompt) :])))
+
+
+@torch.inference_mode()
+def shared_prefix(model: Any, prefix: Sequence[int]) -> Cache:  # noqa: ANN401 -- a causal LM, with LoRA or without
+    """Return the keys and values of a prompt's beginning, to be given to :func:`perplexities` again and again."""
+    # A cache made without the config keeps every position, also where a layer's attention window is shorter: the
+    # model's mask hides what is out of reach.
+    cache = DynamicCache()
+    ids = torch.tensor([list(prefix)], device=model.device)
+    _causal_lm(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    layers: Any = cache.layers
+    return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in layers])
+
+
+@torch.inference_mode()
+def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> list[float]:  # noqa: ANN401
+    """Return the answer's perplexity in each row, all rows in one batch after the same prefix.
+
+    Args:
+        model: a causal LM in eval mode, with LoRA or without.
+        prefix: from :func:`shared_prefix`; left as it is.
+        rows: padded on the right to the longest; of similar length at best.
+        pad: token id to pad with.
+
+    Raises:
+        ValueError: a row's answer or prompt end is empty.
+    """
+    if not all(row.prompt_end and row.answer for row in rows):
+        raise ValueError("a row needs at least one prompt token and one answer token after the prefix")
+    seen, longest = prefix.get_seq_length(), max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad)
+    places: list[int] = []  # of the answers' predictors, in the flattened batch
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor([*row.prompt_end, *row.answer[:-1]])
+        start = number * longest + len(row.prompt_end) - 1
+        places += range(start, start + len(row.answer))
+    lm = _causal_lm(model)
+    # Padding stands after a row's last token, where no token that counts looks: one causal mask serves all rows. It is
+    # given ready made, because one of booleans is expanded and converted again in every layer.
+    mask = torch.full((longest, seen + longest), -math.inf, dtype=lm.dtype, device=model.device).triu(seen + 1)
+    hidden = lm.get_decoder()(
+        input_ids=ids.to(model.device),
+        attention_mask=mask[None, None],
+        position_ids=torch.arange(seen, seen + longest, device=model.device)[None],
+        past_key_values=prefix,
+        use_cache=True,
+    ).last_hidden_state
+    hidden = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(places, device=hidden.device)]
+    targets = torch.tensor([token for row in rows for token in row.answer], device=hidden.device)
+    head = lm.get_output_embeddings()
+    step = max(1, MAX_LOGITS // lm.config.get_text_config().vocab_size)
+    losses = torch.cat(
+        [
+            cross_entropy(head(some).float(), some_targets, reduction="none")
+            for some, some_targets in zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
+        ]
+    )
+    means = [part.double().mean() for part in torch.split(losses.cpu(), [len(row.answer) for row in rows])]
+    return [math.exp(float(mean)) for mean in means]
+
+
+def _causal_lm(model: Any) -> Any:  # noqa: ANN401 -- transformers and PEFT models
+    """Return the transformers model; LoRA layers sit inside it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,117 @@
+"""PPL mining: label each question with the rules that make its gold answer likelier.
+
+    python recipes/mine_contexts.py recipes/tiny/mine.yaml
+    python recipes/mine_contexts.py recipes/qwen/mine.yaml data.questions=train.json data.rules=rules.json --estimate
+
+What it does:
+- Computes PPL(a|q) and, for every rule or those that a retriever proposes, PPL(a|c,q); writes the ``top_k`` rules by
+  delta, and the PPL of each option of a choice question (``malpyeong/mining.py`` has the formulas).
+- A rule's part of the prompt is computed once for all questions; ``--estimate`` says how many tokens are left.
+- ``--resume auto`` goes on from the last batch before a kill to the same file.
+
+In the output folder: ``config.yaml``, ``environment.json`` (versions, digests of the data), ``mining.json`` (digests of
+the model's weights and of all tokens, counts) and, last, ``contexts.jsonl``.
+
+Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
+"""
+
+import json
+from pathlib import Path
+
+import click
+
+from malpyeong.config import MiningRecipe, load_recipe
+from malpyeong.errors import InputError
+from malpyeong.files import check_writable, digest, write_text
+from malpyeong.model import check_adapter, load_for_prediction, load_tokenizer
+from malpyeong.records import load_records
+from malpyeong.runs import check_run, start_run
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
+@click.option("--estimate", is_flag=True, help="Say what it would cost, and stop.")
+def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: bool) -> None:
+    """Find the rules that make each gold answer likelier, as RECIPE says."""
+    recipe = load_recipe(recipe_file, overrides, MiningRecipe)
+    model_block, data, mining = recipe.model, recipe.data, recipe.mining
+    import torch
+    from tqdm import tqdm
+
+    from malpyeong.mining import (
+        load_candidates,
+        load_rules,
+        make_plan,
+        mine,
+        open_part,
+        part_line,
+        ranked,
+        weights_digest,
+    )
+
+    records = load_records(data.questions, answers="gold")
+    rules = load_rules(Path(data.rules))
+    candidates = load_candidates(Path(data.candidates), records, rules) if data.candidates else None
+    files = {"questions": Path(data.questions), "rules": Path(data.rules)}
+    if data.candidates:
+        files["candidates"] = Path(data.candidates)
+    inputs = list(files.values())
+    if model_block.adapter:
+        check_adapter(model_block.adapter)
+        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
+    plan = make_plan(
+        load_tokenizer(model_block.name), records, rules, candidates, model_block.max_length, mining.batch_tokens
+    )
+    click.echo(
+        f"{len(records)} questions, {len(rules)} rules: {plan.pairs:,} perplexities, {plan.tokens:,} tokens to compute "
+        f"({plan.naive_tokens:,} with a whole forward for each)"
+    )
+    if estimate:
+        return
+    output = Path(mining.output)
+    result, part = output / "contexts.jsonl", output / "contexts.part.jsonl"
+    check_run(output, recipe, inputs, resume == "auto")
+    if result.exists():
+        part.unlink(missing_ok=True)
+        click.echo(f"{result}: this run has ended already")
+        return
+    check_writable(result)
+
+    model, tokenizer = load_for_prediction(
+        model_block.name, model_block.adapter, model_block.dtype, model_block.load_in_4bit
+    )
+    start_run(output, recipe, inputs)
+    header = {
+        "weights": weights_digest(model),
+        "tokens": plan.digest(),
+        **{name: digest(path) for name, path in files.items()},
+    }
+    found = open_part(part, header, plan)
+    costs = [plan.cost(batch) for batch in plan.batches]
+    with (
+        part.open("a", encoding="utf-8") as handle,
+        tqdm(total=sum(costs), initial=sum(costs[: len(found)]), desc="mine", unit="tok", unit_scale=True) as progress,
+    ):
+        try:
+            for ppl in mine(model, plan, tokenizer.pad_token_id, done=len(found)):
+                handle.write(part_line(len(found), ppl))
+                handle.flush()
+                progress.update(costs[len(found)])
+                found.append(ppl)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"the GPU's memory does not suffice; halve mining.batch_tokens={mining.batch_tokens} and start again "
+                "in another output folder"
+            ) from None
+    rows = ranked(plan, records, rules, found, mining.top_k)
+    counts = {"questions": len(records), "rules": len(rules), "perplexities": plan.pairs, "tokens": plan.tokens}
+    write_text(output / "mining.json", json.dumps({"sha256": header, **counts}, indent=2) + "\n")
+    write_text(result, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    part.unlink()
+    click.echo(f"{result}: the {mining.top_k} best rules for each of {len(rows)} questions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""PPL mining: equal to its definition on real models, and the same file after a kill."""
+
+import json
+import math
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from malpyeong.errors import InputError
+from malpyeong.mining import (
+    Rule,
+    load_candidates,
+    load_rules,
+    make_plan,
+    mine,
+    open_part,
+    part_line,
+    ranked,
+    weights_digest,
+)
+from malpyeong.model import load_for_prediction
+from malpyeong.perplexity import Row, perplexities, perplexity, shared_prefix
+from malpyeong.prompts import build_messages, completion_ids, prompt_ids
+from malpyeong.records import Record, load_records, write_records
+from malpyeong.samples import DATA, TINY_BASE
+
+ROOT = Path(__file__).parent.parent
+DEV = load_records(DATA / "dev.json", answers="gold")
+RULES = load_rules(DATA / "rules.json")
+
+SHAPE = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_for_prediction(str(TINY_BASE), dtype="float32")
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+
+
+def llama_with_lora():
+    model = get_peft_model(
+        llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    )
+    return model.eval()
+
+
+def random_ids(length, seed):
+    return torch.randint(1, 100, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+ROWS = [
+    Row(random_ids(size, size), random_ids(answer, 50 + size)) for size, answer in ((5, 9), (1, 1), (12, 3), (2, 30))
+]
+
+
+@pytest.mark.parametrize("make", [llama, llama_with_lora])
+def test_batches_after_a_shared_prefix_equal_the_definition(make):
+    model, head = make(), random_ids(40, 1)
+    prefix = shared_prefix(model, head)
+    expected = [perplexity(model, head + row.prompt_end, row.answer) for row in ROWS]
+    for rows, values in ((ROWS, expected), (ROWS[1:2], expected[1:2]), (ROWS, expected)):  # the prefix is not used up
+        assert perplexities(model, prefix, rows, pad=0) == pytest.approx(values, rel=1e-4)
+    assert len({round(value, 2) for value in expected}) == len(ROWS)
+
+
+def test_perplexity_is_the_mean_over_the_answer_alone():
+    model, prompt, answer = llama(), random_ids(7, 1), random_ids(4, 2)
+    with torch.inference_mode():
+        probabilities = model(torch.tensor([prompt + answer])).logits[0].softmax(-1)
+    likelihood = math.prod(float(probabilities[6 + place, token]) for place, token in enumerate(answer))
+    assert perplexity(model, prompt, answer) == pytest.approx(likelihood ** (-1 / 4), rel=1e-4)
+
+
+def test_logits_are_computed_in_pieces(monkeypatch):
+    model, head = llama(), random_ids(10, 3)
+    whole = perplexities(model, shared_prefix(model, head), ROWS, pad=0)
+    monkeypatch.setattr("malpyeong.perplexity.MAX_LOGITS", 500)
+    assert perplexities(model, shared_prefix(model, head), ROWS, pad=0) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("row", [Row([], [1]), Row([1], [])])
+def test_an_empty_row_is_refused(row):
+    model = llama()
+    with pytest.raises(ValueError, match="at least one"):
+        perplexities(model, shared_prefix(model, [1, 2]), [row], pad=0)
+
+
+def test_mined_values_equal_the_formulas(tiny):
+    model, tokenizer = tiny
+    records, rules = DEV[:6], RULES[:5]
+    plan = make_plan(tokenizer, records, rules, None, 1024, 1024)
+    found = list(mine(model, plan, tokenizer.pad_token_id))
+    rows = ranked(plan, records, rules, found, top_k=5)
+    assert [row["id"] for row in rows] == [record.id for record in records]
+
+    def ppl(record, context, answer):
+        prompt = prompt_ids(tokenizer, build_messages(record, context))
+        return perplexity(model, prompt, completion_ids(tokenizer, answer)[:-1])
+
+    texts = {rule.id: rule.full_text for rule in rules}
+    for record, row in zip(records, rows, strict=True):
+        alone = ppl(record, "", record.answer)
+        assert row["ppl_question"] == pytest.approx(alone, rel=1e-4)
+        assert {candidate["rule"] for candidate in row["candidates"]} == set(texts)
+        deltas = [candidate["delta"] for candidate in row["candidates"]]
+        assert deltas == sorted(deltas, reverse=True)
+        for candidate in row["candidates"]:
+            value = ppl(record, texts[candidate["rule"]], record.answer)
+            assert candidate["ppl"] == pytest.approx(value, rel=1e-4)
+            assert candidate["delta"] == pytest.approx(alone - value, abs=1e-3)
+            assert candidate["improvement_ratio"] == pytest.approx((alone - value) / alone, abs=1e-3)
+        for option in row["options"]:
+            assert option["ppl"] == pytest.approx(ppl(record, "", _verdict(option["sentence"])), rel=1e-4)
+    assert any(row["options"] for row in rows)
+
+
+def _verdict(sentence):
+    from malpyeong.answer import subject_particle
+
+    return f'"{sentence}"{subject_particle(sentence)} 옳다.'
+
+
+def test_what_a_plan_reads_is_the_prompt(tiny):
+    _, tokenizer = tiny
+    plan = make_plan(tokenizer, DEV[:8], RULES[:3], None, 1024, 700)
+    for number, rule in enumerate(RULES[:3], 1):
+        for record, row in zip(DEV[:8], plan.rows, strict=False):
+            whole = prompt_ids(tokenizer, build_messages(record, rule.full_text))
+            assert plan.heads[number] + row.prompt_end == whole
+    for batch in plan.batches:
+        longest = max(len(plan.rows[row]) for row in batch.rows)
+        assert len(batch.rows) == 1 or len(batch.rows) * (len(plan.heads[batch.context]) + longest) <= 700
+    assert plan.tokens < plan.naive_tokens
+    assert plan.pairs == 8 * 4 + sum(map(len, plan.options))
+
+
+@pytest.mark.parametrize("records", [DEV[:1], [DEV[0], DEV[0]]])
+def test_one_question_or_equal_ones(tiny, records):
+    model, tokenizer = tiny
+    plan = make_plan(tokenizer, records, RULES[:1], None, 1024, 2048)
+    whole = prompt_ids(tokenizer, build_messages(records[0], RULES[0].full_text))
+    assert plan.heads[1] + plan.rows[0].prompt_end == whole
+    assert all(math.isfinite(ppl) for ppls in mine(model, plan, tokenizer.pad_token_id) for ppl in ppls)
+
+
+def test_candidates_limit_what_is_computed(tiny):
+    _, tokenizer = tiny
+    candidates = {record.id: [RULES[place % 3].id] for place, record in enumerate(DEV[:6])}
+    plan = make_plan(tokenizer, DEV[:6], RULES[:3], candidates, 1024, 2048)
+    tried = {(batch.context, row) for batch in plan.batches if batch.context for row in batch.rows}
+    assert tried == {(1 + place % 3, place) for place in range(6)}
+
+
+def test_rules_of_equal_delta_stand_in_the_order_of_the_rule_book(tiny):
+    _, tokenizer = tiny
+    rules = [Rule(id_, "같은 규칙") for id_ in ("나", "가", "다")]
+    plan = make_plan(tokenizer, DEV[:1], rules, None, 1024, 2048)
+    found = [[2.0 if batch.context else 3.0] * len(batch.rows) for batch in plan.batches]
+    row = ranked(plan, DEV[:1], rules, found, top_k=2)[0]
+    assert [candidate["rule"] for candidate in row["candidates"]] == ["나", "가"]
+    assert row["candidates"][0]["improvement_ratio"] == pytest.approx(1 / 3, rel=1e-5)
+
+
+def test_what_does_not_fit_is_an_error_that_says_how_much_would(tiny):
+    _, tokenizer = tiny
+    with pytest.raises(InputError, match=r"model\.max_length=200") as error:
+        make_plan(tokenizer, DEV[:3], RULES[:3], None, 200, 2048)
+    needed = int(error.value.message.split("raise it (to ")[1].split()[0])
+    make_plan(tokenizer, DEV[:3], RULES[:3], None, needed, 2048)
+
+
+def test_a_model_whose_logits_are_changed_after_its_head_is_refused(tiny):
+    _, tokenizer = tiny
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        **{**SHAPE, "vocab_size": len(tokenizer), "head_dim": 8}, final_logit_softcapping=0.05, sliding_window=4096
+    )
+    plan = make_plan(tokenizer, DEV[:2], RULES[:1], None, 1024, 2048)
+    with pytest.raises(InputError, match="differ from those of whole sequences"):
+        list(mine(Gemma2ForCausalLM(config).eval(), plan, tokenizer.pad_token_id))
+
+
+def test_a_window_shorter_than_the_prompt_is_refused(tiny):
+    _, tokenizer = tiny
+    torch.manual_seed(0)
+    config = MistralConfig(**{**SHAPE, "vocab_size": len(tokenizer)}, sliding_window=32)
+    plan = make_plan(tokenizer, DEV[:2], RULES[:1], None, 1024, 2048)
+    with pytest.raises(InputError, match="differ from those of whole sequences"):
+        list(mine(MistralForCausalLM(config).eval(), plan, tokenizer.pad_token_id))
+
+
+@pytest.mark.parametrize("form", [{"dtype": "bfloat16"}, {"dtype": "float32", "load_in_4bit": True}])
+def test_other_number_formats_agree_with_the_definition(form):
+    model, tokenizer = load_for_prediction(str(TINY_BASE), **form)
+    plan = make_plan(tokenizer, DEV[:2], RULES[:1], None, 1024, 2048)
+    found = list(mine(model, plan, tokenizer.pad_token_id))
+    for batch, ppls in zip(plan.batches, found, strict=True):
+        for row, ppl in zip(batch.rows, ppls, strict=True):
+            prompt = plan.heads[batch.context] + plan.rows[row].prompt_end
+            assert ppl == pytest.approx(perplexity(model, prompt, plan.rows[row].answer), rel=5e-2)
+
+
+def test_a_template_that_puts_the_question_first_is_refused():
+    _, tokenizer = load_for_prediction(str(TINY_BASE), dtype="float32")
+    tokenizer.chat_template = tokenizer.chat_template.replace("in messages %", "in messages[::-1] %")
+    with pytest.raises(InputError, match="choose another model"):
+        make_plan(tokenizer, DEV[:3], RULES[:2], None, 1024, 2048)
+
+
+def test_a_perplexity_that_is_no_number_stops_the_run(tiny):
+    _, tokenizer = tiny
+    model = load_for_prediction(str(TINY_BASE), dtype="float32")[0]
+    plan = make_plan(tokenizer, DEV[:2], RULES[:1], None, 1024, 2048)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"model\.dtype"):
+        list(mine(model, plan, tokenizer.pad_token_id))
+
+
+def test_weights_digest_sees_the_adapter():
+    base, tuned = llama(), llama_with_lora()
+    assert weights_digest(base) == weights_digest(llama())
+    with torch.no_grad():
+        before = weights_digest(tuned)
+        next(p for name, p in tuned.named_parameters() if "lora_B" in name).add_(1)
+    assert weights_digest(tuned) != before
+
+
+# ---- the part file
+
+
+@pytest.fixture
+def part(tiny, tmp_path):
+    plan = make_plan(tiny[1], DEV[:4], RULES[:3], None, 1024, 700)
+    path = tmp_path / "part.jsonl"
+    return path, plan
+
+
+def test_a_torn_line_is_cut_off(part):
+    path, plan = part
+    assert open_part(path, {"tokens": "a"}, plan) == []
+    values = [[float(number)] * len(batch.rows) for number, batch in enumerate(plan.batches[:3])]
+    whole = path.read_text() + "".join(map(part_line, range(3), values))
+    for torn in ("", '{"batch": 3, "pp', part_line(3, [1.5])[:-1]):
+        path.write_text(whole + torn)
+        assert open_part(path, {"tokens": "a"}, plan) == values
+        assert path.read_text() == whole
+    path.write_text('{"tok')
+    assert open_part(path, {"tokens": "a"}, plan) == []
+
+
+def test_a_part_file_of_something_else_is_refused(part):
+    path, plan = part
+    open_part(path, {"weights": "a", "rules": "b"}, plan)
+    with pytest.raises(InputError, match="another rules"):
+        open_part(path, {"weights": "a", "rules": "c"}, plan)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"batch": 1, "ppl": [1.0]}\n', '{"batch": 0, "ppl": []}\n', "[]\n", "kaputt\n", '{"batch": 0}\n']
+)
+def test_a_damaged_part_file_is_refused(part, line):
+    path, plan = part
+    open_part(path, {"tokens": "a"}, plan)
+    path.write_text(path.read_text() + line)
+    with pytest.raises(InputError, match="is damaged"):
+        open_part(path, {"tokens": "a"}, plan)
+
+
+# ---- the recipe
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "자료 폴더"
+    folder.mkdir()
+    write_records(folder / "q.json", DEV[:16])
+    rules = json.loads((DATA / "rules.json").read_text("utf-8"))[:10]
+    (folder / "rules.json").write_text(json.dumps(rules, ensure_ascii=False), "utf-8")
+    return folder
+
+
+def arguments(folder, output, *more):
+    return [
+        "recipes/tiny/mine.yaml",
+        f"data.questions={folder / 'q.json'}",
+        f"data.rules={folder / 'rules.json'}",
+        f"mining.output={folder / output}",
+        "mining.batch_tokens=600",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """Run the recipe in this process and return click's result."""
+    command = runpy.run_path(str(ROOT / "recipes" / "mine_contexts.py"))["main"]
+    return lambda *given: CliRunner().invoke(command, arguments(*given))
+
+
+def test_killed_and_started_again_gives_the_same_file(folder, recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert recipe(folder, "whole").exit_code == 0
+    part, result = (folder / "killed" / name for name in ("contexts.part.jsonl", "contexts.jsonl"))
+    process = subprocess.Popen(
+        [sys.executable, "recipes/mine_contexts.py", *arguments(folder, "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 5):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = part.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    assert kept.count(b"\n") > 5
+    assert not result.exists()
+    refused = recipe(folder, "killed")
+    assert refused.exit_code == 2
+    assert "--resume auto" in refused.output
+
+    # What was computed is believed, not computed again: a changed number comes through to the result.
+    header, first, *lines = kept.decode().splitlines(keepends=True)
+    changed = part_line(0, [1.25, *json.loads(first)["ppl"][1:]])
+    part.write_text("".join([header, changed, *lines]))
+    assert recipe(folder, "killed", "--resume", "auto").exit_code == 0
+    assert result.read_text("utf-8").count('"ppl_question": 1.25,') == 1
+    result.unlink()
+
+    part.write_bytes(kept + b'{"batch": 6, "ppl": [1.0')
+    assert recipe(folder, "killed", "--resume", "auto").exit_code == 0
+    for name in ("contexts.jsonl", "mining.json"):
+        assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert not part.exists()
+    assert "ended already" in recipe(folder, "killed", "--resume", "auto").output
+
+
+def test_estimate_computes_nothing(folder, recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = recipe(folder, "none", "--estimate")
+    assert result.exit_code == 0
+    assert "tokens to compute" in result.output
+    assert not (folder / "none").exists()
+
+
+# ---- what users get wrong
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is no rule book"),
+        ("[]", "holds no rule"),
+        ("{}", "holds no rule"),
+        ('[{"id": "가"}]', "is no rule book"),
+        ('["가"]', "is no rule book"),
+        ('[{"id": "가", "text": "나"}, {"id": "가", "text": "다"}]', "same id"),
+    ],
+)
+def test_a_defective_rule_book_is_one_line(content, message, tmp_path):
+    path = tmp_path / "rules.json"
+    path.write_text(content, "utf-8")
+    with pytest.raises(InputError, match=message):
+        load_rules(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_rules(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "1 records have no line"),
+        ("{", "line 1: expected"),
+        ('{"id": "1", "rules": ["없음"]}', 'no rule "없음"'),
+        ('{"id": "1", "rules": 3}', "line 1: expected"),
+        ('{"id": "1", "rules": ["가"]}\n{"id": "1", "rules": ["가"]}', "stands twice"),
+    ],
+)
+def test_defective_candidates_are_one_line(content, message, tmp_path):
+    path = tmp_path / "candidates.jsonl"
+    path.write_text(content, "utf-8")
+    with pytest.raises(InputError, match=message):
+        load_candidates(path, [Record("1", "교정형", "질문", "답")], [Rule("가", "나")])
