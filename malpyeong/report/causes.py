@@ -30,6 +30,7 @@ class Cause(StrEnum):
     ELSEWHERE = "다른 곳을 고침"
     NOT_OFFERED = "선택지에 없는 말"
     WRONG_CORRECTION = "틀리게 고침"
+    JOINED = "두 답을 다르게 씀"
     OTHER = "기타"
 
 
@@ -46,7 +47,8 @@ def find_cause(gold: Record, prediction: str) -> Cause | None:
     - ``SPACING``, ``PUNCTUATION``: nothing but spaces, nothing but punctuation (and spaces beside it) differs from gold.
     - ``ELSEWHERE``: text is altered that the gold answer leaves as the question has it.
     - ``NOT_OFFERED`` (선택형), ``WRONG_CORRECTION`` (교정형): the right place, and something else than gold there.
-    - ``OTHER``: none of these, such as one sentence where gold has two.
+    - ``JOINED``: one of the right sentences, and one too few or too many, in another order or with another 혹은/또는.
+    - ``OTHER``: none of these.
 
     Args:
         gold: the question with its gold answer.
@@ -61,7 +63,9 @@ def find_cause(gold: Record, prediction: str) -> Cause | None:
     if predicted in golds:
         return _cause_beside_the_sentence(gold.answer or "", prediction)
     right = [sentence for sentences in golds for sentence in sentences]
-    if len(predicted) != 1 or predicted[0] in right or not right:
+    if set(predicted) & set(right):
+        return Cause.JOINED
+    if len(predicted) != 1 or not right:
         return Cause.OTHER
     return _cause_in_the_sentence(gold, right, predicted[0])
 
@@ -73,7 +77,7 @@ def _cause_beside_the_sentence(gold: str, prediction: str) -> Cause:
         return Cause.PARTICLE
     if _without_spaces(predicted) in map(_without_spaces, verdicts):
         return Cause.SPACING
-    return Cause.NO_VERDICT
+    return Cause.JOINED if len(_sentences(prediction)) > 1 else Cause.NO_VERDICT
 
 
 def _cause_in_the_sentence(gold: Record, right: Sequence[str], predicted: str) -> Cause:

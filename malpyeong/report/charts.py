@@ -1,5 +1,6 @@
 """Line charts as numbers that a template draws: places in per cent of the plot, ticks, and the values themselves."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ class Chart:
     lines: Sequence[Line]
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
+
+    @property
+    def values_as_json(self) -> str:
+        """Steps and values as shown, for the page's script."""
+        lines = [{"steps": list(line.steps), "shown": [number(value) for value in line.values]} for line in self.lines]
+        return json.dumps(lines, ensure_ascii=False, separators=(",", ":"))
 
     @property
     def in_words(self) -> str:

@@ -109,6 +109,7 @@ def error_page(
         left_out: metrics that were asked for and have no model here.
     """
     entries = [_entry(score, categories) for score in scores]
+    rows = _score_rows(scores, metrics, categories)
     causes = Counter(entry.cause for entry in entries if entry.cause)
     return render(
         "errors.html.j2",
@@ -119,11 +120,11 @@ def error_page(
         names={key: name for key, name in _NAMES.items() if key in METRICS.values() or key in FINALS},
         shown={METRICS[metric] for metric in metrics} | (set(FINALS) if len(metrics) == len(METRICS) else set()),
         left_out=[_NAMES[METRICS[metric]] for metric in left_out],
-        rows=_score_rows(scores, metrics, categories),
+        rows=rows,
         entries=entries,
         causes=[(cause, causes[cause]) for cause in Cause if cause in causes],
         categories=sorted({entry.category for entry in entries if entry.category}),
-        types=Counter(score.record.question_type for score in scores),
+        types=[(row.name, row.averages["records"]) for row in rows if row.group == "유형"],
         format_problems=Counter(entry.format_problem for entry in entries if entry.format_problem).most_common(),
         wrong=sum(causes.values()),
         missing_reasons=sum(score.missing_reason for score in scores),
