@@ -95,6 +95,11 @@ def load_categories(path: Path) -> dict[str, str]:
 
 
 def parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    """Read the option ``--metrics``, for click.
+
+    Raises:
+        click.BadParameter: an unknown metric, or none.
+    """
     metrics = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
     for name in metrics or ("",):
         if name not in METRICS:

@@ -44,7 +44,7 @@ def find_cause(gold: Record, prediction: str) -> Cause | None:
     - ``PARTICLE``: only 이/가 of the verdict differs.
     - ``OTHER_OPTION``: the sentence is one that the question offers, and not the right one.
     - ``UNCHANGED``: the sentence is the question's own.
-    - ``SPACING``, ``PUNCTUATION``: nothing but spaces, nothing but punctuation (and spaces beside it) differs from gold.
+    - ``SPACING``, ``PUNCTUATION``: nothing but spaces, or punctuation and spaces beside it, differs from gold.
     - ``ELSEWHERE``: text is altered that the gold answer leaves as the question has it.
     - ``NOT_OFFERED`` (선택형), ``WRONG_CORRECTION`` (교정형): the right place, and something else than gold there.
     - ``JOINED``: one of the right sentences, and one too few or too many, in another order or with another 혹은/또는.
@@ -82,7 +82,7 @@ def _cause_beside_the_sentence(gold: str, prediction: str) -> Cause:
 
 def _cause_in_the_sentence(gold: Record, right: Sequence[str], predicted: str) -> Cause:
     asked = _asked_sentences(gold.question)
-    offered = asked if len(asked) > 1 else _substitutions(asked[0]) if asked else []
+    offered = asked if len(asked) > 1 else _substitutions(asked[0], right) if asked else []
     if len(offered) > 1 and predicted in map(normalise, offered):
         return Cause.OTHER_OPTION
     if len(offered) <= 1 and predicted in map(normalise, asked):
@@ -95,7 +95,10 @@ def _cause_in_the_sentence(gold: Record, right: Sequence[str], predicted: str) -
     if len(asked) != 1:
         return Cause.OTHER
     source = normalise(asked[0])
-    if not any(_same_outside(*_unchanged_ends(source, sentence), predicted) for sentence in right):
+    # Where the question's sentence is right already, any other is altered in passing.
+    if not any(
+        sentence != source and _same_outside(*_unchanged_ends(source, sentence), predicted) for sentence in right
+    ):
         return Cause.ELSEWHERE
     return Cause.NOT_OFFERED if len(offered) > 1 else Cause.WRONG_CORRECTION
 
@@ -114,19 +117,22 @@ def _asked_sentences(question: str) -> list[str]:
     return [quoted[1].strip() if (quoted := _QUOTED.fullmatch(line)) else line for line in lines]
 
 
-def _substitutions(sentence: str) -> list[str]:
-    """Return the sentence with every choice of ``{a/b}`` filled in, with and without a stray space after a brace."""
-    *parts, end = _CHOICE.split(sentence)  # text, options, text, options, …, text
-    texts, groups = parts[::2], [options.split("/") for options in parts[1::2]]
-    if not groups or len(groups) > 4:
+def _substitutions(sentence: str, right: Sequence[str]) -> list[str]:
+    """Return the sentence with every choice of ``{a/b}`` filled in; none if it has no choice.
+
+    A space after a brace may be stray: it is dropped where that is what gives a right sentence.
+    """
+    *parts, end = _CHOICE.split(sentence)
+    texts, groups = parts[::2], [[option.strip() for option in options.split("/")] for options in parts[1::2]]
+    if not groups:
         return []
-    found = []
-    for chosen in itertools.islice(itertools.product(*groups), _MAX_SUBSTITUTIONS):
-        filled = [option.strip() for option in chosen]
-        found.append("".join(itertools.chain(*zip(texts, filled, strict=True), [end])))
-        tight = [texts[0], *(text.lstrip() for text in texts[1:])]
-        found.append("".join(itertools.chain(*zip(tight, filled, strict=True), [end.lstrip()])))
-    return list(dict.fromkeys(found))
+    ways = list(itertools.islice(itertools.product(*groups), _MAX_SUBSTITUTIONS))
+    tight = [texts[0], *(text.lstrip() for text in texts[1:])]
+    as_written, without_space = (
+        ["".join(itertools.chain(*zip(between, way, strict=True), [rest])) for way in ways]
+        for between, rest in ((texts, end), (tight, end.lstrip()))
+    )
+    return without_space if set(map(normalise, without_space)) & set(right) else as_written
 
 
 def _unchanged_ends(source: str, right: str) -> tuple[str, str]:
@@ -137,7 +143,9 @@ def _unchanged_ends(source: str, right: str) -> tuple[str, str]:
     choices = list(_CHOICE.finditer(source))
     if choices:
         return source[: choices[0].start()].rstrip(), source[choices[-1].end() :].lstrip()
-    start = next((n for n, (a, b) in enumerate(zip(source, right, strict=False)) if a != b), min(len(source), len(right)))
+    start = next(
+        (n for n, (a, b) in enumerate(zip(source, right, strict=False)) if a != b), min(len(source), len(right))
+    )
     rest = min(len(source), len(right)) - start
     end = next((n for n in range(rest) if source[-1 - n] != right[-1 - n]), rest)
     head, tail = source[:start], source[len(source) - end :]

@@ -34,7 +34,7 @@ _FORMAT_PROBLEMS = {
     "cut off before the verdict": "판정(가 옳다)이 없음",
     "verdict written with": "판정의 조사가 이/가가 아님",
     "empty sentence": "빈 문장",
-    "verdict is not written exactly": "판정이 “\"가 옳다. ” 꼴이 아님",
+    "verdict is not written exactly": '판정이 “"가 옳다. ” 꼴이 아님',
     "space inside the quotes": "따옴표 안쪽에 빈칸",
     "no reason": "이유가 없음",
     "the contest's split falls elsewhere": "채점기가 다른 곳에서 나눔(또 다른 ‘가 옳다’)",

@@ -31,8 +31,12 @@ def render(template: str, script: str, **values: Any) -> str:  # noqa: ANN401 --
     code = (TEMPLATES / script).read_text("utf-8")
     style = (TEMPLATES / "page.css").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(code.encode("utf-8")).digest()).decode("ascii")
-    return _environment().get_template(template).render(
-        **values, style=Markup(style), script=Markup(code), script_digest=digest, max_shown_chars=MAX_SHOWN_CHARS
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **values, style=Markup(style), script=Markup(code), script_digest=digest, max_shown_chars=MAX_SHOWN_CHARS
+        )
     )
 
 

@@ -96,9 +96,13 @@ def read_run(path: Path) -> Run:
         if not all(isinstance(config[block], dict) for block in ("model", "data", "training")):
             raise TypeError
     except OSError:
-        raise InputError(f"{path}: has no config.yaml; name the folder of a training run, like runs/tiny-grpo") from None
+        raise InputError(
+            f"{path}: has no config.yaml; name the folder of a training run, like runs/tiny-grpo"
+        ) from None
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path / 'config.yaml'}: is damaged or not a recipe's; name a training run's folder") from None
+        raise InputError(
+            f"{path / 'config.yaml'}: is damaged or not a recipe's; name a training run's folder"
+        ) from None
     environment = _read_json(path / "environment.json", dict)
     ended = (path / "adapter").is_dir()
     log = _read_json(path / "log.json", list) if ended else _log_of_newest_checkpoint(path)
