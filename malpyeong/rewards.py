@@ -172,7 +172,7 @@ class RewardRun:
     - ``spread/NAME``: standard deviation of a component within a group, mean over the groups.
     - ``reward_seconds``: what all the functions took together.
 
-    TRL writes every logged step's completions to a table; the record's id and its gold answer are added to it.
+    TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
 
     Args:
         weights: reward name → weight.
@@ -221,6 +221,7 @@ class RewardRun:
                     for key, value in self._statistics().items():
                         log_metric(key, value)
                 if log_extra is not None:
+                    log_extra("question", [prompt[-1]["content"] for prompt in columns["prompts"]])
                     for key in ("record_id", "reference"):
                         log_extra(key, list(columns[key]))
                 self.seconds += self._step_seconds

@@ -140,6 +140,7 @@ def test_grpo_keeps_every_completion_with_the_advantage_that_it_used(data, grpo_
         for start in range(0, len(rows), 4):
             assert len({row["prompt"] for row in rows[start : start + 4]}) == 1
         assert all(row["reference"] == gold[row["record_id"]] for row in rows)
+        assert all(row["question"] in row["prompt"] for row in rows)
 
 
 def write_run_page(run, output):

@@ -44,6 +44,7 @@ class Group:
 
     step: int
     record_id: str
+    question: str
     prompt: str
     reference: str
     completions: Sequence[Completion]
@@ -147,7 +148,8 @@ def _read_samples(path: Path, weights: Mapping[str, float], num_generations: int
             _group(rows[start : start + num_generations], weights, len(rows) // num_generations)
             for start in range(0, len(rows), num_generations)
         ]
-        found.append(max(groups, key=_spread))
+        if groups:
+            found.append(max(groups, key=_spread))
     return found
 
 
@@ -166,6 +168,7 @@ def _group(rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float], grou
     return Group(
         step=rows[0]["step"],
         record_id=rows[0]["record_id"],
+        question=rows[0]["question"],
         prompt=rows[0]["prompt"],
         reference=rows[0]["reference"],
         completions=sorted(completions, key=lambda completion: -completion.advantage),
