@@ -94,7 +94,12 @@ def load_categories(path: Path) -> dict[str, str]:
         raise InputError(f'{path}: is not a JSON object like {{"1": "띄어쓰기", "2": "문장 부호"}}') from None
 
 
-def _parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+def parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    """Read the option ``--metrics``, for click.
+
+    Raises:
+        click.BadParameter: an unknown metric, or none.
+    """
     metrics = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
     for name in metrics or ("",):
         if name not in METRICS:
@@ -109,7 +114,7 @@ def _parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[s
     "--metrics",
     default=",".join(METRICS),
     show_default=True,
-    callback=_parse_metrics,
+    callback=parse_metrics,
     help="Comma-separated; any of these.",
 )
 @click.option("--against", type=click.Path(path_type=Path), help="Another prediction file to compare PRED with.")

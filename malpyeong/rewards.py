@@ -172,6 +172,8 @@ class RewardRun:
     - ``spread/NAME``: standard deviation of a component within a group, mean over the groups.
     - ``reward_seconds``: what all the functions took together.
 
+    TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
+
     Args:
         weights: reward name → weight.
         num_generations: answers of a group; a group's answers follow each other.
@@ -207,6 +209,7 @@ class RewardRun:
         def call(
             completions: Sequence[Completion],
             log_metric: Callable[[str, float], None] | None = None,
+            log_extra: Callable[[str, list[str]], None] | None = None,
             **columns: Any,  # noqa: ANN401
         ) -> Rewards:
             start = time.perf_counter()
@@ -217,6 +220,10 @@ class RewardRun:
                 if log_metric is not None:
                     for key, value in self._statistics().items():
                         log_metric(key, value)
+                if log_extra is not None:
+                    log_extra("question", [prompt[-1]["content"] for prompt in columns["prompts"]])
+                    for key in ("record_id", "reference"):
+                        log_extra(key, list(columns[key]))
                 self.seconds += self._step_seconds
                 self._step, self._step_seconds = {}, 0.0
             return self._without_noise(rewards)

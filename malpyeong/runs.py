@@ -1,8 +1,9 @@
 """A training run's folder: what it was made from, its checkpoints, its log, and its adapter.
 
 ``runs/NAME/`` holds ``config.yaml`` (every key resolved), ``environment.json`` (versions, digests of the files it was
-made from, git revision), ``checkpoint-N/`` and, only when training has ended, ``log.json`` (what the trainer logged,
-step by step) and ``adapter/``.
+made from, git revision), ``checkpoint-N/``, in a GRPO run ``completions/`` (TRL's tables of every logged step's
+completions, rewards and advantages) and, only when training has ended, ``log.json`` (what the trainer logged, step by
+step) and ``adapter/``.
 """
 
 import hashlib
@@ -92,8 +93,7 @@ def last_checkpoint(output: Path) -> Path | None:
 
     The trainer writes ``trainer_state.json`` last, so a checkpoint is complete if that file can be read.
     """
-    found = [folder for folder in output.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(found, key=lambda folder: -int(folder.name.removeprefix("checkpoint-"))):
+    for folder in checkpoints(output):
         try:
             json.loads((folder / "trainer_state.json").read_text("utf-8"))
         except (OSError, ValueError):
@@ -101,6 +101,12 @@ def last_checkpoint(output: Path) -> Path | None:
         else:
             return folder
     return None
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Return a run's checkpoints, complete or not, the newest first."""
+    found = [folder for folder in output.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda folder: -int(folder.name.removeprefix("checkpoint-")))
 
 
 def assert_arguments(arguments: object, stated: Mapping[str, Any]) -> None:

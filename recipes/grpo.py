@@ -9,7 +9,8 @@ each); an answer's advantage is its weighted reward less its group's mean. Where
 upwards later than downwards, and ``beta`` 0 needs no reference model.
 
 - Rewards are the scorers that the leaderboard uses, cut by the contest's literal split (``malpyeong/rewards.py``).
-- Logged beside TRL's metrics: dead groups, each reward's spread within a group, seconds that the rewards took.
+- Logged beside TRL's metrics: dead groups, each reward's spread within a group, seconds that the rewards took; and
+  the completions of every logged step with their rewards and advantages (``completions/``).
 - Prompts that do not fit ``model.max_length`` with a whole completion are an error, never cut.
 - ``--resume auto`` goes on from the last complete checkpoint to the same result as an uninterrupted run (with bertscore
   or bleurt up to their rounding, about 1e-5, which depends on what is scored together).
@@ -115,7 +116,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "save_total_limit": 1,
         "logging_steps": training.logging_steps,
         "logging_nan_inf_filter": False,  # malpyeong.guards looks for them
-        "log_completions": False,
+        "log_completions": True,  # to completions/, for `python -m malpyeong.report run`
+        "num_completions_to_print": 0,
         "report_to": [],
         **precision(model_block.dtype),
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
 from benchmarks.random_scorers import make_bleurt, make_encoder
@@ -52,6 +53,11 @@ def is_complete(checkpoint):
         return bool(json.loads((checkpoint / "trainer_state.json").read_text("utf-8")))
     except (OSError, ValueError):
         return False
+
+
+def sampled(run):
+    """Return what TRL wrote of each logged step: file name → rows."""
+    return {file.name: read_table(file).to_pylist() for file in sorted((run / "completions").glob("*.parquet"))}
 
 
 def weights(run):
@@ -120,6 +126,97 @@ def test_grpo_changes_the_adapter_and_logs_every_component(sft_run, grpo_run):
     assert max(row["rewards/rouge_1/mean"] for row in steps) > 0
 
 
+def test_grpo_keeps_every_completion_with_the_advantage_that_it_used(data, grpo_run):
+    gold = {record.id: record.answer for record in load_records(data / "train.jsonl")}
+    tables = sampled(grpo_run)
+    assert list(tables) == [f"completions_{step:05}.parquet" for step in range(1, 7)]
+    for rows in tables.values():
+        assert len(rows) == 16
+        totals = torch.tensor([row["format"] + row["exact_match"] + 2 * row["rouge_1"] for row in rows])
+        # sum_then_normalize with scale_rewards: batch
+        groups = totals.view(-1, 4)
+        expected = (groups - groups.mean(dim=1, keepdim=True)).flatten() / (totals.std() + 1e-4)
+        assert [row["advantage"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-4)
+        for start in range(0, len(rows), 4):
+            assert len({row["prompt"] for row in rows[start : start + 4]}) == 1
+        assert all(row["reference"] == gold[row["record_id"]] for row in rows)
+        assert all(row["question"] in row["prompt"] for row in rows)
+
+
+def write_run_page(run, output):
+    finish(start("-m", "malpyeong.report", "run", run, "-o", output))
+    return output
+
+
+def test_run_page_shows_curves_and_sampled_groups(grpo_run, open_page, tmp_path):
+    page = open_page(write_run_page(grpo_run, tmp_path / "학습 보고서.html"))
+    assert "끝난 학습" in page.inner_text("header")
+    titles = page.locator("figure h3").all_inner_texts()
+    assert titles == [
+        "보상", "보상의 합", "묶음 안의 차이", "배울 것이 없는 묶음", "답의 길이", "잘린 답", "손실", "기울기 크기",
+        "엔트로피", "한 단계에 걸린 시간",
+    ]  # fmt: skip
+    log = [row for row in json.loads((grpo_run / "log.json").read_text("utf-8")) if "reward" in row]
+    legend = page.locator("figure").nth(1).locator("[data-line]")
+    assert float(legend.inner_text()) == pytest.approx(log[-1]["reward"], rel=1e-3)
+    page.locator("figure svg[role=img]").nth(1).hover(position={"x": 1, "y": 50})
+    assert float(legend.inner_text()) == pytest.approx(log[0]["reward"], rel=1e-3)
+    page.mouse.move(0, 0)
+    assert float(legend.inner_text()) == pytest.approx(log[-1]["reward"], rel=1e-3)
+
+    groups = page.locator("section.group")
+    assert groups.count() == 6
+    rows = sampled(grpo_run)["completions_00001.parquet"]
+    record_id = re.search(r"질문 (\S+)", groups.first.inner_text())[1]
+    group = {row["completion"]: row for row in rows if row["record_id"] == record_id}
+    shown = groups.first.locator("tbody tr")
+    assert shown.count() == len(group)
+    for place in range(shown.count()):
+        row = group[shown.nth(place).locator(".answer .text").text_content()]
+        expected = f"{row['advantage']:+.2f}".replace("-", "−")
+        assert shown.nth(place).locator(".advantage").inner_text().strip() in (expected, expected.lstrip("+"))
+    assert "transformers" in page.inner_text("body")
+    for digest in json.loads((grpo_run / "environment.json").read_text("utf-8"))["sha256"].values():
+        assert digest in page.inner_text("body")
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_run_page_of_a_run_in_progress_and_on_a_phone(stage, sft_run, grpo_run, open_page, tmp_path):
+    whole, run = {"sft": sft_run, "grpo": grpo_run}[stage], tmp_path / "run"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("adapter", "log.json"))
+    # A newer checkpoint and a table that are being written just now.
+    (run / "checkpoint-9999").mkdir()
+    (run / "checkpoint-9999" / "trainer_state.json").write_text('{"global_st')
+    (run / "completions").mkdir(exist_ok=True)
+    (run / "completions" / "completions_09999.parquet").write_bytes(b"PAR1")
+    page = open_page(write_run_page(run, tmp_path / "run.html"), width=360)
+    assert "체크포인트" in page.inner_text(".notice")
+    assert page.locator("figure").count() == {"sft": 4, "grpo": 10}[stage]
+    assert page.locator("section.group").count() == {"sft": 0, "grpo": 6}[stage]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert (run / "checkpoint-9999").exists()  # looking changes nothing
+
+
+def test_run_page_refuses_what_is_no_run(grpo_run, run_module, tmp_path):
+    for file, content, complaint in (
+        ("config.yaml", None, "has no config.yaml"),
+        ("config.yaml", "model: [", "is damaged"),
+        ("config.yaml", "model: {}\ndata: 3\ntraining: {}\n", "is damaged"),
+        ("environment.json", "{", "is damaged"),
+        ("log.json", "{}", "is damaged"),
+    ):
+        run = tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(grpo_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+        (run / file).unlink()
+        if content is not None:
+            (run / file).write_text(content)
+        result = run_module("-m", "malpyeong.report", "run", run, "-o", tmp_path / "run.html")
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert complaint in result.stderr
+        assert not (tmp_path / "run.html").exists()
+
+
 def test_grpo_with_all_of_the_contests_metrics(data, sft_run, tmp_path):
     encoder = make_encoder(tmp_path / "인코더", hidden=32, vocabulary=1_000, words=900)
     bleurt = make_bleurt(tmp_path / "bleurt", hidden=24, layers=2, heads=2, embedding=8, vocabulary=1_500, pieces=1_300)
@@ -181,6 +278,8 @@ def test_a_killed_run_goes_on_to_the_same_result(stage, data, sft_run, grpo_run,
     assert len(json.loads((run / "log.json").read_text("utf-8"))) == len(
         json.loads((whole / "log.json").read_text("utf-8"))
     )
+    if stage == "grpo":
+        assert sampled(run) == sampled(whole)
 
 
 def copy_run(whole, run):

@@ -1,0 +1,1 @@
+"""Pages to read: what a prediction got wrong, and how a training run went."""

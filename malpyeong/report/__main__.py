@@ -1,0 +1,87 @@
+"""``python -m malpyeong.report errors GOLD PRED -o errors.html`` and ``… run RUN -o run.html``."""
+
+from pathlib import Path
+
+import click
+
+from malpyeong.errors import InputError
+from malpyeong.evaluate import load_answers, load_categories, load_scorers, parse_metrics
+from malpyeong.files import check_writable, write_text
+from malpyeong.scoring.report import METRICS, score_records
+
+
+@click.group()
+def main() -> None:
+    """Write a page to read in a browser: one HTML file that works offline."""
+
+
+@main.command()
+@click.argument("gold", type=click.Path(path_type=Path))
+@click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@click.option(
+    "--metrics",
+    default=",".join(METRICS),
+    show_default=True,
+    callback=parse_metrics,
+    help="Comma-separated; any of these.",
+)
+@click.option("--labels", type=click.Path(path_type=Path), help="JSON of record id → norm category, to average by.")
+@click.option("--bertscore-model", help="Hub id or folder; the contest's bert-base-multilingual-cased if not given.")
+@click.option("--bleurt-model", help="Hub id or folder; the contest's BLEURT-20 if not given.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+def errors(
+    gold: Path,
+    prediction: Path,
+    output: Path,
+    metrics: tuple[str, ...],
+    labels: Path | None,
+    bertscore_model: str | None,
+    bleurt_model: str | None,
+    device: str,
+) -> None:
+    """Show what PRED got wrong, beside GOLD.
+
+    Both are contest files with the same ids in the same order. BERTScore and BLEURT need models; where one is not on
+    this machine the page is written without it and says so.
+    """
+    from malpyeong.report.error_page import error_page
+
+    _check_output(output, gold, prediction, labels)
+    categories = load_categories(labels) if labels else None
+    golds, answers = load_answers(gold, prediction)
+    scorers, missing = load_scorers(metrics, bertscore_model, bleurt_model, device)
+    for metric, message in missing.items():
+        click.echo(f"{metric} is left out. {message}", err=True)
+    metrics = tuple(metric for metric in metrics if metric not in missing)
+    scores = score_records(golds, answers, metrics, scorers)
+    page = error_page(
+        scores, metrics, gold=gold, prediction=prediction, categories=categories, left_out=sorted(missing)
+    )
+    write_text(output, page)
+    click.echo(str(output))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+def run(run: Path, output: Path) -> None:
+    """Show how the training RUN went, or is going."""
+    from malpyeong.report.run_page import read_run, run_page
+
+    _check_output(output)
+    write_text(output, run_page(read_run(run)))
+    click.echo(str(output))
+
+
+def _check_output(output: Path, *sources: Path | None) -> None:
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{output}: name an .html file")
+    for source in sources:
+        if source and output.exists() and source.exists() and output.samefile(source):
+            raise InputError(f"{output}: would overwrite an input file; choose another name")
+    check_writable(output)
+
+
+if __name__ == "__main__":
+    main()
