@@ -1,0 +1,235 @@
+"""How much of a GPU's memory a recipe needs: arithmetic on the model's shape, before anything is loaded.
+
+An estimate of what tensors hold at the fullest moment, part by part. The parts that stay (weights, adapter with its
+gradients and optimizer, scorers) are added up; of the two moments that alternate, sampling (KV caches) and the update
+(activations and logits), the fuller one counts. Not counted: the allocator's fragmentation and the CUDA context,
+for which ``RESERVE`` is kept free.
+
+``tests/test_memory.py`` compares it with the peak that TRL's trainers reach on a CPU. On a GPU, and for Unsloth, it has
+not been compared with a measurement yet.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from malpyeong.config import GRPORecipe, SFTRecipe
+
+# NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits a weight, an 8-bit constant for each 64 weights, and
+# a 32-bit constant for each 256 of those.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+RESERVE = 0.08  # of the card, for fragmentation and workspaces
+CHUNK = 256  # tokens whose logits TRL's chunked loss holds at once
+GIB = 2**30
+
+Stage = Literal["sft", "grpo"]
+Backend = Literal["unsloth", "hf"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A decoder of the Llama family (Llama, Qwen2, Qwen3): grouped-query attention and a gated MLP."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "ModelShape":  # noqa: ANN401 -- a transformers configuration
+        """Read the shape from a model's configuration."""
+        return cls(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            intermediate=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+        )
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Return (inputs, outputs) of each linear layer of a block, by the name that LoRA's targets have."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, queries),
+            "k_proj": (self.hidden, keys),
+            "v_proj": (self.hidden, keys),
+            "o_proj": (queries, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of all blocks' linear layers: what 4-bit loading quantises."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears().values())
+
+    @property
+    def other_parameters(self) -> int:
+        """Embedding, output layer and norms: 16-bit even where the blocks are 4-bit."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
+
+    def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
+        """Weights of an adapter: ``rank`` × (inputs + outputs) for each layer that it is on."""
+        return self.layers * rank * sum(sum(size) for name, size in self.linears().items() if name in targets)
+
+
+# As read from public copies of the models' config.json or reckoned from published sizes, for looking before a download;
+# with the model at hand the doctor reads its config.json.
+SHAPES = {
+    "Qwen/Qwen3-4B": ModelShape(2560, 36, 32, 8, 128, 9728, 151_936, True),
+    "Qwen/Qwen3-8B": ModelShape(4096, 36, 32, 8, 128, 12_288, 151_936, False),
+    "kakaocorp/kanana-1.5-8b-instruct-2505": ModelShape(4096, 32, 32, 8, 128, 14_336, 128_256, False),
+    "K-intelligence/Midm-2.0-Base-Instruct": ModelShape(4096, 48, 32, 8, 128, 14_336, 131_384, False),
+    "K-intelligence/Midm-2.0-Mini-Instruct": ModelShape(1792, 48, 32, 8, 128, 4608, 131_392, True),
+    "skt/A.X-4.0-Light": ModelShape(3584, 28, 28, 4, 128, 18_944, 102_400, False),
+    "naver-hyperclovax/HyperCLOVAX-SEED-Text-Instruct-1.5B": ModelShape(2048, 24, 16, 8, 128, 7168, 110_592, True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes by part.
+
+    Attributes:
+        weights: the base model.
+        adapter: LoRA weights in float32, their gradients and the optimizer's state.
+        scorers: BERTScore's and BLEURT's networks, where they are on the GPU.
+        kv_cache: keys and values of all completions that are sampled together, at full length (GRPO).
+        sampling: the logits of one token of each of them (GRPO).
+        activations: what the backward pass of one micro-batch needs.
+        logits: logits of one micro-batch, with their gradient and softmax.
+    """
+
+    weights: int
+    adapter: int
+    scorers: int
+    kv_cache: int
+    sampling: int
+    activations: int
+    logits: int
+
+    @property
+    def update(self) -> int:
+        """Bytes of the update alone."""
+        return self.activations + self.logits
+
+    @property
+    def rollout(self) -> int:
+        """Bytes of sampling alone."""
+        return self.kv_cache + self.sampling
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment."""
+        return self.weights + self.adapter + self.scorers + max(self.update, self.rollout)
+
+    def fits(self, gib: float) -> bool:
+        """Whether it fits a card, with ``RESERVE`` left free."""
+        return self.peak <= gib * GIB * (1 - RESERVE)
+
+    def table(self) -> str:
+        """Return the parts in GiB on one line, the largest first."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = sorted((part for part in parts.items() if part[1] >= 0.05 * GIB), key=lambda part: -part[1])
+        return ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in shown)
+
+
+def estimate(
+    shape: ModelShape,
+    *,
+    stage: Stage,
+    max_length: int,
+    batch_size: int,
+    max_completion_length: int = 0,
+    completions: int = 0,
+    load_in_4bit: bool = True,
+    dtype_bytes: int = 2,
+    rank: int = 64,
+    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    optim: str = "adamw_8bit",
+    gradient_checkpointing: bool = True,
+    backend: Backend = "hf",
+    scorer_bytes: int = 0,
+) -> Estimate:
+    """Return the memory that training takes.
+
+    Args:
+        shape: of the base model.
+        stage: ``sft`` or ``grpo``.
+        max_length: tokens of prompt and answer together.
+        batch_size: sequences of a micro-batch.
+        max_completion_length: tokens of an answer (GRPO).
+        completions: answers that are sampled together: ``batch_size × gradient_accumulation_steps`` (GRPO).
+        load_in_4bit: whether the blocks' linear layers are NF4.
+        dtype_bytes: of a number: 2 for float16 and bfloat16, 4 for float32.
+        rank: of the LoRA adapter.
+        targets: layers that the adapter is on.
+        optim: the optimizer's name; an ``8bit`` one keeps two bytes a weight, others eight.
+        gradient_checkpointing: keep only each block's input, and compute a block again when its gradient is due.
+        backend: Unsloth moves the kept inputs to the computer's memory and never holds a micro-batch's logits.
+        scorer_bytes: of the scorers' networks on the GPU.
+    """
+    weights = shape.block_parameters * (NF4_BYTES if load_in_4bit else dtype_bytes)
+    weights += shape.other_parameters * dtype_bytes
+    if load_in_4bit:  # one layer is held dequantised while it is used
+        weights += dtype_bytes * max(inputs * outputs for inputs, outputs in shape.linears().values())
+    adapter = shape.lora_parameters(rank, targets) * (4 + 4 + (2 if "8bit" in optim else 8))
+
+    tokens = batch_size * max_length
+    block = tokens * _block_bytes(shape, rank, targets, dtype_bytes)
+    kept = tokens * shape.hidden * dtype_bytes
+    if not gradient_checkpointing:
+        activations = shape.layers * block
+    elif backend == "unsloth":
+        activations = 2 * kept + block
+    else:
+        activations = shape.layers * kept + block
+
+    if stage == "sft":
+        # Logits of the chunk in float32, log-softmax, its exponential and product, and the gradient.
+        with_logits = min(CHUNK, tokens)
+        logits = 5 * 4 * with_logits * shape.vocabulary
+        kv_cache = sampling = 0
+    else:
+        with_logits = min(CHUNK, tokens) if backend == "unsloth" else batch_size * (max_completion_length + 1)
+        logits = _GRPO_LOGITS * dtype_bytes * with_logits * shape.vocabulary
+        cache_token = 2 * shape.kv_heads * shape.head_dim * dtype_bytes
+        # A block's cache is copied when it grows by a token, so that one block is held twice.
+        kv_cache = completions * max_length * cache_token * (shape.layers + 1)
+        sampling = completions * shape.vocabulary * (dtype_bytes + 3 * 4)
+    return Estimate(
+        weights=int(weights),
+        adapter=adapter,
+        scorers=scorer_bytes,
+        kv_cache=kv_cache,
+        sampling=sampling,
+        activations=activations,
+        logits=logits,
+    )
+
+
+_GRPO_LOGITS = 4
+
+
+def _block_bytes(shape: ModelShape, rank: int, targets: Sequence[str], dtype_bytes: int) -> int:
+    """Return the bytes a token that one block keeps for its backward pass."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # Two norms keep their input in float32 and its normalised copy; the residual sums; what the layers read.
+    hidden = shape.hidden * (2 * (4 + 2 * dtype_bytes) + 2 * dtype_bytes)
+    # Queries, keys and values; rotated queries and keys with their halves; keys and values repeated for each head;
+    # attention's output.
+    attention = dtype_bytes * (4 * queries + 4 * keys + 2 * queries)
+    gated = dtype_bytes * 4 * shape.intermediate  # gate, its activation, up, and their product
+    lora = dtype_bytes * rank * len(targets)
+    # Gradients of the widest of them while the block is gone through backwards.
+    backward = dtype_bytes * 2 * shape.intermediate
+    return hidden + attention + gated + lora + backward
