@@ -28,9 +28,9 @@ class Block(BaseModel):
 class LoraBlock(Block):
     """LoRA adapter: rank, scale and where it goes. Dropout is always 0 (rollouts are sampled in train mode)."""
 
-    r: int = Field(64, gt=0)
-    alpha: int = Field(128, gt=0)
-    target_modules: list[str] = Field(ALL_LINEAR, min_length=1)
+    r: int = Field(default=64, gt=0)
+    alpha: int = Field(default=128, gt=0)
+    target_modules: list[str] = Field(default=ALL_LINEAR, min_length=1)
 
 
 class ModelBlock(Block):
@@ -68,16 +68,16 @@ class SFTTraining(Block):
     seed: int = 0
     epochs: float = Field(gt=0)
     learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(10, ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
     batch_size: int = Field(gt=0)
     gradient_accumulation_steps: int = Field(gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     optim: str = "adamw_8bit"
     gradient_checkpointing: bool = True
-    eval_steps: int = Field(20, gt=0)
-    patience: int = Field(3, gt=0)
-    logging_steps: int = Field(1, gt=0)
+    eval_steps: int = Field(default=20, gt=0)
+    patience: int = Field(default=3, gt=0)
+    logging_steps: int = Field(default=1, gt=0)
 
 
 class ScorersBlock(Block):
@@ -102,36 +102,36 @@ class GRPOTraining(Block):
 
     ``multi_objective_aggregation``: ``sum_then_normalize`` weighs and adds the rewards, then subtracts the group's mean
     and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
-    spread within the group first. ``min_spread``: see :class:`malpyeong.rewards.RewardRun`. ``mask_truncated_completions``
-    is true because Unsloth allows nothing else with ``dapo``. ``use_vllm`` samples with vLLM, which then holds a copy of
-    the weights beside the trainer's.
+    spread within the group first. ``min_spread``: see :class:`malpyeong.rewards.RewardRun`.
+    ``mask_truncated_completions`` is true because Unsloth allows nothing else with ``dapo``. ``use_vllm``: sample with
+    vLLM, which keeps its own weights and caches beside the trainer's.
     """
 
     output: str
     seed: int = 0
     max_steps: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(10, ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
     batch_size: int = Field(gt=0)
     gradient_accumulation_steps: int = Field(gt=0)
     num_generations: int = Field(ge=2)
-    num_iterations: int = Field(1, gt=0)
+    num_iterations: int = Field(default=1, gt=0)
     max_completion_length: int = Field(gt=0)
-    temperature: float = Field(1.0, gt=0)
-    epsilon: float = Field(0.2, gt=0)
-    epsilon_high: float = Field(0.28, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+    epsilon: float = Field(default=0.2, gt=0)
+    epsilon_high: float = Field(default=0.28, gt=0)
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "normalize_then_sum"
-    min_spread: float = Field(0.01, ge=0)
+    min_spread: float = Field(default=0.01, ge=0)
     mask_truncated_completions: bool = True
     use_vllm: bool = False
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     optim: str = "adamw_8bit"
     gradient_checkpointing: bool = True
-    logging_steps: int = Field(1, gt=0)
-    save_steps: int = Field(25, gt=0)
+    logging_steps: int = Field(default=1, gt=0)
+    save_steps: int = Field(default=25, gt=0)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GRPOTraining":

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from malpyeong.config import GRPORecipe, SFTRecipe
 
-# NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits a weight, an 8-bit constant for each 64 weights, and
-# a 32-bit constant for each 256 of those.
+# NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits a weight, an 8-bit constant for each 64 weights,
+# and a 32-bit constant for each 256 of those.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 RESERVE = 0.08  # of the card, for fragmentation and workspaces
 CHUNK = 256  # tokens whose logits TRL's chunked loss holds at once
 GIB = 2**30
+_GRPO_LOGITS = {4: 16, 2: 14}
 
 Stage = Literal["sft", "grpo"]
 Backend = Literal["unsloth", "hf"]
@@ -105,8 +106,9 @@ class Estimate:
         scorers: BERTScore's and BLEURT's networks, where they are on the GPU.
         kv_cache: keys and values of all completions that are sampled together, at full length (GRPO).
         sampling: the logits of one token of each of them (GRPO).
-        activations: what the backward pass of one micro-batch needs.
-        logits: logits of one micro-batch, with their gradient and softmax.
+        activations: what a micro-batch's forward pass keeps for the backward pass.
+        one_block: what the backward pass through one block adds to it (with gradient checkpointing, all of the block).
+        logits: logits of one micro-batch, with their gradient and softmax; gone before the first block's turn.
     """
 
     weights: int
@@ -115,12 +117,13 @@ class Estimate:
     kv_cache: int
     sampling: int
     activations: int
+    one_block: int
     logits: int
 
     @property
     def update(self) -> int:
         """Bytes of the update alone."""
-        return self.activations + self.logits
+        return self.activations + max(self.one_block, self.logits)
 
     @property
     def rollout(self) -> int:
@@ -182,17 +185,17 @@ def estimate(
     weights += shape.other_parameters * dtype_bytes
     if load_in_4bit:  # one layer is held dequantised while it is used
         weights += dtype_bytes * max(inputs * outputs for inputs, outputs in shape.linears().values())
-    adapter = shape.lora_parameters(rank, targets) * (4 + 4 + (2 if "8bit" in optim else 8))
+    # In 16 bits autocast keeps a copy of the adapter while a micro-batch is computed.
+    copied = dtype_bytes if dtype_bytes == 2 else 0
+    adapter = shape.lora_parameters(rank, targets) * (4 + 4 + (2 if "8bit" in optim else 8) + copied)
 
     tokens = batch_size * max_length
-    block = tokens * _block_bytes(shape, rank, targets, dtype_bytes)
-    kept = tokens * shape.hidden * dtype_bytes
+    block, passing = (tokens * size for size in _block_bytes(shape, rank, targets, dtype_bytes))
+    block_input = tokens * shape.hidden * dtype_bytes
     if not gradient_checkpointing:
-        activations = shape.layers * block
-    elif backend == "unsloth":
-        activations = 2 * kept + block
+        activations, one_block = shape.layers * block, passing
     else:
-        activations = shape.layers * kept + block
+        activations, one_block = (2 if backend == "unsloth" else shape.layers) * block_input, block + passing
 
     if stage == "sft":
         # Logits of the chunk in float32, log-softmax, its exponential and product, and the gradient.
@@ -201,7 +204,7 @@ def estimate(
         kv_cache = sampling = 0
     else:
         with_logits = min(CHUNK, tokens) if backend == "unsloth" else batch_size * (max_completion_length + 1)
-        logits = _GRPO_LOGITS * dtype_bytes * with_logits * shape.vocabulary
+        logits = _GRPO_LOGITS[dtype_bytes] * with_logits * shape.vocabulary
         cache_token = 2 * shape.kv_heads * shape.head_dim * dtype_bytes
         # A block's cache is copied when it grows by a token, so that one block is held twice.
         kv_cache = completions * max_length * cache_token * (shape.layers + 1)
@@ -213,23 +216,139 @@ def estimate(
         kv_cache=kv_cache,
         sampling=sampling,
         activations=activations,
+        one_block=one_block,
         logits=logits,
     )
 
 
-_GRPO_LOGITS = 4
+def _block_bytes(shape: ModelShape, rank: int, targets: Sequence[str], dtype_bytes: int) -> tuple[int, int]:
+    """Return the bytes a token that one block keeps for its backward pass, and what that pass adds at its fullest.
 
-
-def _block_bytes(shape: ModelShape, rank: int, targets: Sequence[str], dtype_bytes: int) -> int:
-    """Return the bytes a token that one block keeps for its backward pass."""
+    Counted on CPU runs of Qwen3 with LoRA (one dimension changed at a time). In float32 a block keeps four tensors of
+    the hidden size (inputs of the norms and of the layers after them), four of the MLP's (gate, its activation, up,
+    their product), three of the queries' and keys' (before and after rotation, and attention's own), and LoRA's inner
+    vectors. In 16 bits the norms and the adapter keep float32 copies besides.
+    """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # Two norms keep their input in float32 and its normalised copy; the residual sums; what the layers read.
-    hidden = shape.hidden * (2 * (4 + 2 * dtype_bytes) + 2 * dtype_bytes)
-    # Queries, keys and values; rotated queries and keys with their halves; keys and values repeated for each head;
-    # attention's output.
-    attention = dtype_bytes * (4 * queries + 4 * keys + 2 * queries)
-    gated = dtype_bytes * 4 * shape.intermediate  # gate, its activation, up, and their product
-    lora = dtype_bytes * rank * len(targets)
-    # Gradients of the widest of them while the block is gone through backwards.
-    backward = dtype_bytes * 2 * shape.intermediate
-    return hidden + attention + gated + lora + backward
+    kept = dtype_bytes * (4 * shape.hidden + 4 * shape.intermediate + 3 * queries + 3 * keys + rank * len(targets))
+    passing = dtype_bytes * 2 * shape.intermediate
+    if dtype_bytes == 2:
+        kept += 10 * shape.hidden + 4 * queries + 2 * keys
+        passing += 2 * shape.intermediate + 8 * shape.hidden
+    return kept, passing
+
+
+# BERTScore's encoder (nine of mBERT's layers) and BLEURT-20, in weights.
+SCORER_PARAMETERS = {"bertscore": 156_000_000, "bleurt": 579_000_000}
+
+
+def estimate_recipe(recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend: Backend) -> Estimate:
+    """Return the memory that a recipe takes on a GPU.
+
+    Args:
+        recipe: resolved.
+        shape: of its base model.
+        backend: that will be used.
+    """
+    from malpyeong.config import GRPORecipe
+    from malpyeong.rewards import NEEDS
+
+    model, training = recipe.model, recipe.training
+    sizes: dict[str, Any] = {}
+    if isinstance(recipe, GRPORecipe):
+        scorers = recipe.data.scorers
+        needed = {name for reward in recipe.data.rewards for name in NEEDS.get(reward, ())}
+        width = 4 if scorers is None or scorers.dtype == "float32" else 2
+        on_card = scorers is not None and scorers.device != "cpu"
+        sizes = {
+            "max_completion_length": recipe.training.max_completion_length,
+            "completions": training.batch_size * training.gradient_accumulation_steps,
+            "scorer_bytes": sum(SCORER_PARAMETERS[name] * width for name in needed) if on_card else 0,
+        }
+    return estimate(
+        shape,
+        stage="grpo" if isinstance(recipe, GRPORecipe) else "sft",
+        max_length=model.max_length,
+        batch_size=training.batch_size,
+        load_in_4bit=model.load_in_4bit,
+        dtype_bytes=4 if model.dtype == "float32" else 2,
+        rank=model.lora.r,
+        targets=model.lora.target_modules,
+        optim=training.optim,
+        gradient_checkpointing=training.gradient_checkpointing,
+        backend=backend,
+        **sizes,
+    )
+
+
+def next_lever(
+    recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend: Backend, gib: float
+) -> tuple[list[str], Estimate]:
+    """Return the overrides to try next where a recipe does not fit a card, and the estimate with them.
+
+    What costs no quality comes first (a smaller micro-batch, checkpointing, scorers on the CPU), then what changes
+    training (fewer completions a step, shorter prompts, a smaller adapter). Of these, the first that makes it fit, or
+    else the one that frees the most.
+
+    Raises:
+        ValueError: nothing is left to pull.
+    """
+    tried = []
+    for overrides in _levers(recipe):
+        changed = recipe
+        for block, key, value in overrides:
+            changed = _replaced(changed, block.split("."), key, value)
+        found = estimate_recipe(changed, shape, backend)
+        tried.append(([f"{block}.{key}={str(value).lower()}" for block, key, value in overrides], found))
+        if found.fits(gib):
+            return tried[-1]
+    if not tried:
+        raise ValueError("no lever is left")
+    return min(tried, key=lambda lever: lever[1].peak)
+
+
+def _levers(recipe: "SFTRecipe | GRPORecipe") -> list[list[tuple[str, str, Any]]]:
+    from malpyeong.config import GRPORecipe
+
+    model, training = recipe.model, recipe.training
+    batch, accumulation = training.batch_size, training.gradient_accumulation_steps
+    levers: list[list[tuple[str, str, Any]]] = []
+    smaller = batch
+    while smaller % 2 == 0:
+        smaller //= 2
+        steps = accumulation * batch // smaller
+        levers.append([("training", "batch_size", smaller), ("training", "gradient_accumulation_steps", steps)])
+    if not training.gradient_checkpointing:
+        levers.append([("training", "gradient_checkpointing", True)])
+    if not model.load_in_4bit:
+        levers.append([("model", "load_in_4bit", True)])
+    if isinstance(recipe, GRPORecipe):
+        if recipe.data.scorers is not None and recipe.data.scorers.device != "cpu":
+            levers.append([("data.scorers", "device", "cpu")])
+        group = recipe.training.num_generations
+        fewer = accumulation
+        while fewer % 2 == 0 and batch * fewer // 2 >= group:
+            fewer //= 2
+            levers.append([("training", "gradient_accumulation_steps", fewer)])
+        while group % 2 == 0 and group > 4:
+            group //= 2
+            steps = max(1, group // batch)
+            levers.append(
+                [
+                    ("training", "num_generations", group),
+                    ("training", "batch_size", min(batch, group)),
+                    ("training", "gradient_accumulation_steps", steps),
+                ]
+            )
+    if model.max_length > 1024:
+        levers.append([("model", "max_length", 1024)])
+    if model.lora.r > 16:
+        levers.append([("model.lora", "r", 16)])
+    return levers
+
+
+def _replaced(block: Any, place: Sequence[str], key: str, value: Any) -> Any:  # noqa: ANN401 -- frozen pydantic blocks
+    if place:
+        value = _replaced(getattr(block, place[0]), place[1:], key, value)
+        key = place[0]
+    return block.model_copy(update={key: value})

@@ -9,6 +9,7 @@ import click
 
 from malpyeong.config import GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
+from malpyeong.memory import Backend
 from malpyeong.model import pick_dtype
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 from malpyeong.records import Record
@@ -89,6 +90,7 @@ def train(
     trainer: Any,  # noqa: ANN401 -- a transformers Trainer
     tokenizer: "PreTrainedTokenizerBase",
     recipe: SFTRecipe | GRPORecipe,
+    backend: Backend,
     inputs: Sequence[Path],
     checkpoint: Path | None,
 ) -> None:
@@ -98,6 +100,7 @@ def train(
         trainer: an SFTTrainer or GRPOTrainer.
         tokenizer: saved beside the adapter.
         recipe: written down in the run's folder.
+        backend: that the model was loaded with.
         inputs: files that the run is made from.
         checkpoint: where to go on from; one that was written at the very end is only loaded.
 
@@ -121,7 +124,7 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
     else:
-        with explain_out_of_memory():
+        with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finish_run(output, trainer.model, tokenizer, recipe.model.name, before, trainer.state.log_history)
 

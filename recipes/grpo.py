@@ -18,17 +18,14 @@ Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the da
 """
 
 import math
-import os
 import time
-
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-
 from pathlib import Path
 
 import click
 
 from malpyeong.config import GRPORecipe, load_recipe
-from malpyeong.model import check_adapter, choose_backend, load_for_training
+from malpyeong.environment import prepare_environment
+from malpyeong.model import VLLM_SHARE, check_adapter, choose_backend, load_for_training
 from malpyeong.prompts import TEMPLATE_OPTIONS
 from malpyeong.records import load_records
 from malpyeong.rewards import RewardRun, load_models
@@ -41,6 +38,7 @@ from malpyeong.runs import assert_arguments, check_run
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
 def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     """Train a LoRA adapter by GRPO, as RECIPE says."""
+    prepare_environment()
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
     records = load_records(recipe.data.train, answers="gold")
@@ -54,17 +52,20 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         click.echo(f"{output / 'adapter'}: this run has ended already")
         return
 
-    if choose_backend(model_block) == "unsloth":
+    backend = choose_backend(model_block)
+    if backend == "unsloth":
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from trl import GRPOConfig, GRPOTrainer
 
+    from malpyeong.doctor import check
     from malpyeong.training import grpo_dataset, precision, train
 
+    check(recipe, backend)
     models = load_models(weights, recipe.data.scorers)
     for name, scorer in models.items():
         click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
     rewards = RewardRun(weights, training.num_generations, models, training.min_spread)
-    model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
+    model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
     generations = math.ceil(training.max_steps / training.num_iterations)
     completions = training.batch_size * training.gradient_accumulation_steps
     prompts = generations * completions // training.num_generations
@@ -82,6 +83,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": training.warmup_steps,
         "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "steps_per_generation": training.gradient_accumulation_steps,
         "num_generations": training.num_generations,
@@ -103,7 +105,13 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "mask_truncated_completions": training.mask_truncated_completions,
         "shuffle_dataset": False,  # shuffled in grpo_dataset, so that a resumed run sees the same order
         "disable_dropout": True,
-        "use_vllm": False,
+        "use_vllm": training.use_vllm,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": VLLM_SHARE,
+        "vllm_max_model_length": model_block.max_length,
+        "vllm_importance_sampling_correction": True,
+        "generation_kwargs": {},
+        "router_aux_loss_coef": 0.0,
         "chat_template_kwargs": TEMPLATE_OPTIONS,
         "remove_unused_columns": False,
         "weight_decay": training.weight_decay,
@@ -114,6 +122,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "save_steps": training.save_steps,
         "save_total_limit": 1,
         "logging_steps": training.logging_steps,
+        "torch_empty_cache_steps": None,
+        "eval_accumulation_steps": None,
+        "include_num_input_tokens_seen": "no",
         "logging_nan_inf_filter": False,  # malpyeong.guards looks for them
         "log_completions": False,
         "report_to": [],
@@ -128,7 +139,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     )
     assert_arguments(trainer.args, stated)
     start = time.perf_counter()
-    train(trainer, tokenizer, recipe, inputs, checkpoint)
+    train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
     share = rewards.seconds / (time.perf_counter() - start)
     click.echo(f"{output / 'adapter'}: {trainer.state.global_step} steps; the rewards took {share:.1%} of the time")
 

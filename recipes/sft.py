@@ -13,15 +13,12 @@ What it does:
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
 """
 
-import os
-
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-
 from pathlib import Path
 
 import click
 
 from malpyeong.config import SFTRecipe, load_recipe
+from malpyeong.environment import prepare_environment
 from malpyeong.model import check_adapter, choose_backend, load_for_training
 from malpyeong.records import load_records
 from malpyeong.runs import assert_arguments, check_run
@@ -33,6 +30,7 @@ from malpyeong.runs import assert_arguments, check_run
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
 def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     """Train a LoRA adapter by SFT, as RECIPE says."""
+    prepare_environment()
     recipe = load_recipe(recipe_file, overrides, SFTRecipe)
     model_block, training = recipe.model, recipe.training
     splits = {name: load_records(getattr(recipe.data, name), answers="gold") for name in ("train", "dev")}
@@ -46,13 +44,16 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         click.echo(f"{output / 'adapter'}: this run has ended already")
         return
 
-    if choose_backend(model_block) == "unsloth":
+    backend = choose_backend(model_block)
+    if backend == "unsloth":
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
+    from malpyeong.doctor import check
     from malpyeong.training import precision, sft_dataset, train
 
+    check(recipe, backend)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {name: sft_dataset(tokenizer, records, model_block.max_length) for name, records in splits.items()}
 
@@ -75,6 +76,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "gradient_checkpointing": training.gradient_checkpointing,
         "max_length": model_block.max_length,  # nothing is cut: sft_dataset has checked every length
         "packing": False,
+        "padding_free": False,
+        # Unsloth has a loss of its own that holds no logits, which another than "nll" would switch off.
+        "loss_type": "nll" if backend == "unsloth" else "chunked_nll",
         "eval_strategy": "steps",
         "eval_steps": training.eval_steps,
         "save_strategy": "steps",
@@ -85,6 +89,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "logging_steps": training.logging_steps,
+        "torch_empty_cache_steps": None,
+        "eval_accumulation_steps": None,
+        "include_num_input_tokens_seen": "no",
         "logging_nan_inf_filter": False,  # malpyeong.guards looks for them
         "report_to": [],
         **precision(model_block.dtype),
@@ -98,7 +105,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience)],
     )
     assert_arguments(trainer.args, stated)
-    train(trainer, tokenizer, recipe, inputs, checkpoint)
+    train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
     best = trainer.state.best_metric
     click.echo(f"{output / 'adapter'}: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
 
