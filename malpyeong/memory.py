@@ -22,6 +22,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 RESERVE = 0.08  # of the card, for fragmentation and workspaces
 CHUNK = 256  # tokens whose logits TRL's chunked loss holds at once
 GIB = 2**30
+# A logit's bytes by those of a number: itself, float32 copies of it, its softmax and gradient (counted on CPU runs).
 _GRPO_LOGITS = {4: 16, 2: 14}
 
 Stage = Literal["sft", "grpo"]
@@ -198,9 +199,9 @@ def estimate(
         activations, one_block = (2 if backend == "unsloth" else shape.layers) * block_input, block + passing
 
     if stage == "sft":
-        # Logits of the chunk in float32, log-softmax, its exponential and product, and the gradient.
+        # Logits of the chunk in float32, their log-softmax, its exponential, and the gradient.
         with_logits = min(CHUNK, tokens)
-        logits = 5 * 4 * with_logits * shape.vocabulary
+        logits = 4 * 4 * with_logits * shape.vocabulary
         kv_cache = sampling = 0
     else:
         with_logits = min(CHUNK, tokens) if backend == "unsloth" else batch_size * (max_completion_length + 1)
