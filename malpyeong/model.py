@@ -196,9 +196,13 @@ def load_tokenizer(
         InputError: not found, no chat template, no eos token, no token to pad with, or a stated one is unknown.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    kind: Any = PreTrainedTokenizerFast if tokenizer_json else AutoTokenizer
     try:
+        # Of a folder that was saved from such a tokenizer, AutoTokenizer would again look at the architecture alone.
+        declared = get_tokenizer_config(name).get("tokenizer_class")
+        as_is = tokenizer_json or declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        kind: Any = PreTrainedTokenizerFast if as_is else AutoTokenizer
         tokenizer = kind.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from None

@@ -1,6 +1,7 @@
 """The doctor finds what would spoil a run, names the cure, and ends with the right exit code."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -173,6 +174,11 @@ def test_the_models_own_tokenizer_json_is_read_where_transformers_has_another(tm
     assert [finding.cure for finding in errors] == ["set model.tokenizer_json=true"]
     assert [finding for finding in examine_tokenizer(as_is, numbered) if finding.level != "ok"] == []
     assert (as_is.eos_token, as_is.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    # A merged model's folder, with its own config.json, is read in the same way without being told.
+    as_is.save_pretrained(tmp_path / "merged")
+    shutil.copy(tmp_path / "config.json", tmp_path / "merged")
+    merged = load_tokenizer(str(tmp_path / "merged"))
+    assert (merged(text)["input_ids"], merged.eos_token) == (raw.encode(text).ids, "<|im_end|>")
 
 
 def test_generation_stops_at_the_stated_eos_and_at_the_models_own(tmp_path):
