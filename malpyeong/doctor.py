@@ -182,6 +182,8 @@ def lever_text(recipe: AnyRecipe, shape: ModelShape, backend: Backend, gib: floa
         overrides, then = next_lever(recipe, shape, backend, gib)
     except ValueError:
         return "take a smaller model"
+    if any(override.startswith("model.lora.") for override in overrides):
+        overrides = [*overrides, "(in both stages)"]
     more = "" if then.fits(gib) else ", which does not suffice alone; then a smaller model"
     return f"{' '.join(overrides)} brings it to {then.peak / GIB:.1f} GiB{more}"
 

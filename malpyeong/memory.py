@@ -7,11 +7,19 @@ for which ``RESERVE`` is kept free.
 
 ``tests/test_memory.py`` compares it with the peak that TRL's trainers reach on a CPU. On a GPU, and for Unsloth, it has
 not been compared with a measurement yet.
+
+    python -m malpyeong.memory recipes/*/grpo.yaml     (a table of recipes and cards)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from malpyeong.errors import InputError
+from malpyeong.gpus import USABLE_GIB
 
 if TYPE_CHECKING:
     from malpyeong.config import GRPORecipe, SFTRecipe
@@ -27,6 +35,7 @@ _GRPO_LOGITS = {4: 16, 2: 14}
 
 Stage = Literal["sft", "grpo"]
 Backend = Literal["unsloth", "hf"]
+BACKENDS: tuple[Backend, ...] = ("unsloth", "hf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +85,7 @@ class ModelShape:
 
     @property
     def other_parameters(self) -> int:
-        """Embedding, output layer and norms: 16-bit even where the blocks are 4-bit."""
+        """Embedding, output layer and norms, which 4-bit loading leaves alone."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
 
     def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
@@ -183,7 +192,8 @@ def estimate(
         scorer_bytes: of the scorers' networks on the GPU.
     """
     weights = shape.block_parameters * (NF4_BYTES if load_in_4bit else dtype_bytes)
-    weights += shape.other_parameters * dtype_bytes
+    # PEFT's preparation of 4-bit models holds all other weights in float32; Unsloth leaves them as they are.
+    weights += shape.other_parameters * (4 if load_in_4bit and backend == "hf" else dtype_bytes)
     if load_in_4bit:  # one layer is held dequantised while it is used
         weights += dtype_bytes * max(inputs * outputs for inputs, outputs in shape.linears().values())
     # In 16 bits autocast keeps a copy of the adapter while a micro-batch is computed.
@@ -285,71 +295,100 @@ def estimate_recipe(recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend
 def next_lever(
     recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend: Backend, gib: float
 ) -> tuple[list[str], Estimate]:
-    """Return the overrides to try next where a recipe does not fit a card, and the estimate with them.
+    """Return the overrides that make a recipe fit a card, and the estimate with them.
 
-    What costs no quality comes first (a smaller micro-batch, checkpointing, scorers on the CPU), then what changes
-    training (fewer completions a step, shorter prompts, a smaller adapter). Of these, the first that makes it fit, or
-    else the one that frees the most.
+    What costs no quality is tried first (a smaller micro-batch, checkpointing, scorers on the CPU), then what changes
+    training (fewer completions a step, shorter prompts, a smaller adapter). The first that suffices is taken; where
+    none does, the one that frees the most, and then another on top of it. What comes back may still not fit.
 
     Raises:
-        ValueError: nothing is left to pull.
+        ValueError: nothing that is left frees anything.
     """
-    tried = []
-    for overrides in _levers(recipe):
-        changed = recipe
-        for block, key, value in overrides:
-            changed = _replaced(changed, block.split("."), key, value)
-        found = estimate_recipe(changed, shape, backend)
-        tried.append(([f"{block}.{key}={str(value).lower()}" for block, key, value in overrides], found))
-        if found.fits(gib):
-            return tried[-1]
-    if not tried:
+    pulled: dict[str, Any] = {}
+    now = estimate_recipe(recipe, shape, backend)
+    while not pulled or not now.fits(gib):
+        tried = []
+        for lever in _levers(recipe):
+            changed = recipe
+            for name, value in lever.items():
+                changed = _replaced(changed, name.split("."), value)
+            tried.append((estimate_recipe(changed, shape, backend), changed, lever))
+        tried = [one for one in tried if one[0].peak < now.peak]
+        if not tried:
+            break
+        fitting = [one for one in tried if one[0].fits(gib)]
+        now, recipe, lever = fitting[0] if fitting else min(tried, key=lambda one: one[0].peak)
+        pulled |= lever
+    if not pulled:
         raise ValueError("no lever is left")
-    return min(tried, key=lambda lever: lever[1].peak)
+    return [f"{name}={str(value).lower()}" for name, value in pulled.items()], now
 
 
-def _levers(recipe: "SFTRecipe | GRPORecipe") -> list[list[tuple[str, str, Any]]]:
+def _levers(recipe: "SFTRecipe | GRPORecipe") -> list[dict[str, Any]]:
     from malpyeong.config import GRPORecipe
 
     model, training = recipe.model, recipe.training
     batch, accumulation = training.batch_size, training.gradient_accumulation_steps
-    levers: list[list[tuple[str, str, Any]]] = []
+    levers: list[dict[str, Any]] = []
     smaller = batch
     while smaller % 2 == 0:
         smaller //= 2
         steps = accumulation * batch // smaller
-        levers.append([("training", "batch_size", smaller), ("training", "gradient_accumulation_steps", steps)])
+        levers.append({"training.batch_size": smaller, "training.gradient_accumulation_steps": steps})
     if not training.gradient_checkpointing:
-        levers.append([("training", "gradient_checkpointing", True)])
+        levers.append({"training.gradient_checkpointing": True})
     if not model.load_in_4bit:
-        levers.append([("model", "load_in_4bit", True)])
+        levers.append({"model.load_in_4bit": True})
     if isinstance(recipe, GRPORecipe):
         if recipe.data.scorers is not None and recipe.data.scorers.device != "cpu":
-            levers.append([("data.scorers", "device", "cpu")])
+            levers.append({"data.scorers.device": "cpu"})
         group = recipe.training.num_generations
         fewer = accumulation
-        while fewer % 2 == 0 and batch * fewer // 2 >= group:
+        while fewer % 2 == 0 and batch * fewer // 2 % group == 0:
             fewer //= 2
-            levers.append([("training", "gradient_accumulation_steps", fewer)])
-        while group % 2 == 0 and group > 4:
-            group //= 2
-            steps = max(1, group // batch)
+            levers.append({"training.gradient_accumulation_steps": fewer})
+        if group % 2 == 0 and group > 4 and accumulation % 2 == 0:
             levers.append(
-                [
-                    ("training", "num_generations", group),
-                    ("training", "batch_size", min(batch, group)),
-                    ("training", "gradient_accumulation_steps", steps),
-                ]
+                {"training.num_generations": group // 2, "training.gradient_accumulation_steps": accumulation // 2}
             )
     if model.max_length > 1024:
-        levers.append([("model", "max_length", 1024)])
+        levers.append({"model.max_length": 1024})
     if model.lora.r > 16:
-        levers.append([("model.lora", "r", 16)])
+        levers.append({"model.lora.r": 16})
     return levers
 
 
-def _replaced(block: Any, place: Sequence[str], key: str, value: Any) -> Any:  # noqa: ANN401 -- frozen pydantic blocks
-    if place:
-        value = _replaced(getattr(block, place[0]), place[1:], key, value)
-        key = place[0]
-    return block.model_copy(update={key: value})
+def _replaced(block: Any, place: Sequence[str], value: Any) -> Any:  # noqa: ANN401 -- frozen pydantic blocks
+    key, *rest = place
+    return block.model_copy(update={key: _replaced(getattr(block, key), rest, value) if rest else value})
+
+
+@click.command()
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+def main(recipes: Sequence[Path]) -> None:
+    """Print the estimated peak of RECIPES on every card, in GiB: with Unsloth / with transformers + PEFT, ! if too much.
+
+    A recipe is one for GRPO if its name starts with grpo.
+    """
+    from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+
+    click.echo("| recipe | " + " | ".join(f"{gpu} ({gib:g} GiB)" for gpu, gib in USABLE_GIB.items()) + " |")
+    click.echo("|-|" + "-|" * len(USABLE_GIB))
+    for path in recipes:
+        cells = [f"{path.parent.name}/{path.stem}"]
+        for gpu, gib in USABLE_GIB.items():
+            recipe: SFTRecipe | GRPORecipe
+            if path.name.startswith("grpo"):
+                recipe = load_recipe(path, [f"gpu={gpu}"], GRPORecipe)
+            else:
+                recipe = load_recipe(path, [f"gpu={gpu}"], SFTRecipe)
+            if recipe.model.name not in SHAPES:
+                raise InputError(f"{path}: the shape of {recipe.model.name} is not known; use malpyeong.doctor")
+            found = [estimate_recipe(recipe, SHAPES[recipe.model.name], backend) for backend in BACKENDS]
+            mark = "" if all(one.fits(gib) for one in found) else " !"
+            cells.append(" / ".join(f"{one.peak / GIB:.1f}" for one in found) + mark)
+        click.echo(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
