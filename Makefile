@@ -62,7 +62,6 @@ bench-rewards: $(STAMP) ## scoring GRPO batches: pair by pair against ours
 # grpo-NAME, export-NAME, submit-NAME. GPU=t4|24gb|40gb|80gb states the card, MODEL= another hub id or a folder with weights.
 CARD  = $(if $(GPU),gpu=$(GPU)) $(if $(MODEL),"model.name=$(MODEL)")
 
-.SECONDARY:
 sft-%: recipes/%/sft.yaml $(STAMP)
 	$(RUN) recipes/sft.py $< data.train="$(DATA)/train.json" data.dev="$(DATA)/dev.json" \
 	  training.output="$(RUNS)/$*-sft" $(CARD) --resume auto

@@ -103,8 +103,8 @@ class GRPOTraining(Block):
     ``multi_objective_aggregation``: ``sum_then_normalize`` weighs and adds the rewards, then subtracts the group's mean
     and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
     spread within the group first. ``min_spread``: see :class:`malpyeong.rewards.RewardRun`.
-    ``mask_truncated_completions`` is true because Unsloth allows nothing else with ``dapo``. ``use_vllm``: sample with
-    vLLM, which keeps its own weights and caches beside the trainer's.
+    ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
+    on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's.
     """
 
     output: str
@@ -124,7 +124,7 @@ class GRPOTraining(Block):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "normalize_then_sum"
     min_spread: float = Field(default=0.01, ge=0)
-    mask_truncated_completions: bool = True
+    mask_truncated_completions: bool = False
     use_vllm: bool = False
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

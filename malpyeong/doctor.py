@@ -367,13 +367,13 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     records = load_records(recipe.data.train, answers="gold")[:groups]
     scorers = {f"{name}_model": model for name, model in load_models(weights, recipe.data.scorers).items()}
     model, tokenizer = load_for_training(recipe.model, training.seed, training.gradient_checkpointing)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not recipe.model.load_in_4bit:  # 4-bit weights are there already
         model = model.to("cuda")
     model.eval()
     dead = 0
     for record in records:
         prompt = torch.tensor([prompt_ids(tokenizer, build_messages(record))], device=model.device)
-        with torch.inference_mode():
+        with torch.no_grad():
             output = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),

@@ -366,7 +366,7 @@ def _replaced(block: Any, place: Sequence[str], value: Any) -> Any:  # noqa: ANN
 @click.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
 def main(recipes: Sequence[Path]) -> None:
-    """Print the estimated peak of RECIPES on every card, in GiB: with Unsloth / with transformers + PEFT, ! if too much.
+    """Print the estimated peak of RECIPES on every card, in GiB: Unsloth / transformers + PEFT, ! if too much.
 
     A recipe is one for GRPO if its name starts with grpo.
     """

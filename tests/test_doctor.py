@@ -9,8 +9,16 @@ import torch
 from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
 from malpyeong.doctor import SAMPLES, check, examine, examine_groups, examine_tokenizer
 from malpyeong.errors import InputError
+from malpyeong.export import export
 from malpyeong.guards import TrainingStoppedError, explain_out_of_memory, out_of_memory_text
-from malpyeong.model import check_vllm, load_base, load_tokenizer, stop_at_eos
+from malpyeong.model import (
+    check_vllm,
+    load_base,
+    load_for_prediction,
+    load_for_training,
+    load_tokenizer,
+    stop_at_eos,
+)
 from malpyeong.records import load_records, write_records
 from malpyeong.samples import DATA, TINY_BASE
 
@@ -198,8 +206,33 @@ def test_generation_stops_at_the_stated_eos_and_at_the_models_own(tmp_path):
         assert model.generation_config.pad_token_id == 0
 
 
+def test_the_exported_model_stops_at_the_stated_eos(tmp_path):
+    """As with A.X-4.0-Light, whose own files name another token."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY_BASE, base)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((base / name).read_text("utf-8"))
+        (base / name).write_text(json.dumps({**settings, "eos_token_id": 0}), "utf-8")
+    saved(load_tokenizer(str(TINY_BASE)), base, eos_token="<|endoftext|>", pad_token="<|im_start|>")
+
+    overrides = [f"model.name={base}", "model.eos_token=<|im_end|>", "model.pad_token=<|endoftext|>"]
+    block = load_recipe("recipes/tiny/sft.yaml", overrides, SFTRecipe).model
+    model, tokenizer = load_for_training(block, 0, False)
+    assert model.generation_config.eos_token_id == [2, 0]
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+
+    export(tmp_path / "adapter", tmp_path / "merged", check=TRAIN[:1], max_new_tokens=8, dtype="float32")
+    settings = json.loads((tmp_path / "merged" / "generation_config.json").read_text("utf-8"))
+    assert (settings["eos_token_id"], settings["pad_token_id"]) == ([2, 0], 0)
+    _, merged = load_for_prediction(str(tmp_path / "merged"))
+    _, adapter = load_for_prediction(str(base), str(tmp_path / "adapter"))
+    assert merged.eos_token == adapter.eos_token == "<|im_end|>"
+
+
 def test_groups_are_sampled_and_dead_ones_found(data):
     size = ("training.num_generations=4", "training.batch_size=4", "training.max_completion_length=8")
+    size += ("model.load_in_4bit=true", "training.gradient_checkpointing=true")  # as on a GPU
     (first, second, verdict) = examine_groups(grpo(data, *size), "hf")
     assert "rewards of 4 answers: format 0.00–0.00" in first.text
     assert second.level == "ok"

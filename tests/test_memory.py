@@ -149,7 +149,7 @@ def test_the_estimate_is_near_the_measured_peak(
 
 
 def test_weights_of_a_4bit_model_are_counted_as_they_are_held():
-    """NF4 with double quantisation, as bitsandbytes and PEFT hold it for training: the bytes of its tensors, on a CPU."""
+    """NF4 with double quantisation, as bitsandbytes and PEFT hold it for training: the bytes of its tensors."""
     overrides = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
     block = load_recipe(RECIPES / "tiny" / "sft.yaml", overrides, SFTRecipe).model
     model, _ = load_for_training(block, seed=0, gradient_checkpointing=False)

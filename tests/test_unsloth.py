@@ -164,13 +164,17 @@ text = tokenizer("옳다.", return_tensors="pt")
 loss = model(input_ids=text["input_ids"], labels=text["input_ids"]).loss
 loss.backward()
 gradient = sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
-print(len(trained), sum(trained), tokenizer.eos_token, gradient > 0, unsloth.DEVICE_TYPE)
+model.save_pretrained(sys.argv[2])
+again, _ = _load_unsloth(recipe.model.model_copy(update={"adapter": sys.argv[2]}), 0, True, False)
+same = [p.numel() for p in again.parameters() if p.requires_grad] == trained
+print(sum(trained), tokenizer.eos_token, gradient > 0, same, unsloth.DEVICE_TYPE)
 """
 
 
 @needs_unsloth
 def test_our_loading_goes_through_unsloth(tmp_path):
     """Its CPU backend: stock TRL and PEFT behind Unsloth's functions, so a test of our calls, not of its kernels."""
-    out = run(CPU_BACKEND, TINY_BASE, UNSLOTH_COMPILE_LOCATION=str(tmp_path / "cache")).split("\n")[-2].split()
+    cache = str(tmp_path / "cache")
+    out = run(CPU_BACKEND, TINY_BASE, tmp_path / "adapter", UNSLOTH_COMPILE_LOCATION=cache).splitlines()[-1].split()
     assert int(out[0]) > 0
-    assert out[2:] == ["<|im_end|>", "True", "cpu"]
+    assert out[1:] == ["<|im_end|>", "True", "True", "cpu"]
