@@ -328,24 +328,23 @@ def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
 
 def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record]) -> Iterator[Finding]:
     from malpyeong.prompts import build_messages, completion_ids, prompt_ids
-    from malpyeong.training import grpo_dataset, sft_dataset
+    from malpyeong.training import check_lengths
 
+    prompts = [len(prompt_ids(tokenizer, build_messages(record))) for record in records]
+    answers = [len(completion_ids(tokenizer, record.answer or "")) for record in records]
+    room = [recipe.training.max_completion_length] * len(records) if isinstance(recipe, GRPORecipe) else answers
     limit = recipe.model.max_length
     try:
-        if isinstance(recipe, SFTRecipe):
-            sft_dataset(tokenizer, records, limit)
-        else:
-            grpo_dataset(tokenizer, records, limit, recipe.training.max_completion_length, 0, 0)
+        check_lengths(records, [prompt + answer for prompt, answer in zip(prompts, room, strict=True)], limit)
     except InputError as error:
         yield Finding("error", error.message)
-    prompts = max(len(prompt_ids(tokenizer, build_messages(record))) for record in records)
-    answers = max(len(completion_ids(tokenizer, record.answer or "")) for record in records)
-    text = f"longest prompt {prompts} tokens, longest answer {answers}; model.max_length is {limit}"
-    if isinstance(recipe, GRPORecipe) and answers > recipe.training.max_completion_length:
+    longest = max(answers)
+    text = f"longest prompt {max(prompts)} tokens, longest answer {longest}; model.max_length is {limit}"
+    if isinstance(recipe, GRPORecipe) and longest > recipe.training.max_completion_length:
         yield Finding(
             "warning",
             f"{text}, training.max_completion_length {recipe.training.max_completion_length}",
-            f"raise it to {answers}: longer answers are cut off and earn nothing",
+            f"raise it to {longest}: longer answers are cut off and earn nothing",
         )
     else:
         yield Finding("ok", text)

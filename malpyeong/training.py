@@ -33,7 +33,7 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record],
         prompt = prompt_ids(tokenizer, build_messages(record))
         answer = completion_ids(tokenizer, record.answer or "")
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    _check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
+    check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
     return Dataset.from_list(rows)
 
 
@@ -67,7 +67,7 @@ def grpo_dataset(
         {"prompt": build_messages(record), "reference": record.answer, "record_id": record.id} for record in records
     ]
     lengths = [len(prompt_ids(tokenizer, build_messages(record))) + max_completion_length for record in records]
-    _check_lengths(records, lengths, max_length)
+    check_lengths(records, lengths, max_length)
     rng = random.Random(seed)
     order: list[dict[str, Any]] = []
     while len(order) < prompts:
@@ -172,7 +172,12 @@ def precision(dtype: str) -> dict[str, Any]:
     return {"bf16": chosen == torch.bfloat16, "fp16": chosen == torch.float16}
 
 
-def _check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:
+def check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:
+    """Make sure that every record fits, so that nothing is ever cut.
+
+    Raises:
+        InputError: some do not; names the longest.
+    """
     long = [(length, record.id) for length, record in zip(lengths, records, strict=True) if length > limit]
     if long:
         longest, id_ = max(long)
