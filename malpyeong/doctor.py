@@ -87,8 +87,9 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     names = ["train", "dev"] if isinstance(recipe, SFTRecipe) else ["train"]
     records = [record for name in names for record in load_records(getattr(recipe.data, name), answers="gold")]
     yield from _batches(recipe, len(records))
-    yield from _memory(recipe, backend)
-    yield from _disk(recipe)
+    shape = shape_of(recipe.model.name)
+    yield from _memory(recipe, shape, backend)
+    yield from _disk(recipe, shape)
     if isinstance(recipe, GRPORecipe):
         yield from _scorers(recipe)
         try:
@@ -146,10 +147,9 @@ def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
     yield Finding("ok", f"{text}; {recipe.training.max_steps} steps ask each question {passes:.1f} times")
 
 
-def _memory(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
+def _memory(recipe: AnyRecipe, shape: ModelShape | None, backend: Backend) -> Iterator[Finding]:
     import torch
 
-    shape = shape_of(recipe.model.name)
     if shape is None:
         yield Finding(
             "warning",
@@ -198,8 +198,7 @@ def shape_of(name: str) -> ModelShape | None:
         return SHAPES.get(name)
 
 
-def _disk(recipe: AnyRecipe) -> Iterator[Finding]:
-    shape = shape_of(recipe.model.name)
+def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
     place = Path(recipe.training.output).absolute()
     while not place.exists():
         place = place.parent
