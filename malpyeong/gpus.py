@@ -1,9 +1,9 @@
 """One dial for the card: what ``gpu: t4 | 24gb | 40gb | 80gb`` in a recipe stands for.
 
-A table of numbers, no logic: a key that the recipe or the command line states is left alone. Batches are chosen by
-``malpyeong.memory`` so that every model of ``recipes/`` that fits a card at all trains on it; docs/gpu.md shows by how
-much. The number of answers in an optimizer step (SFT 16) does not depend on the card; GRPO's does, because all
-completions of a step are sampled together and their KV caches are the largest part.
+A table of numbers, no logic: a key that the recipe or the command line states is left alone. By the estimate of
+``malpyeong.memory`` every model of ``recipes/`` fits with Unsloth, on a T4 those below 7B; docs/gpu.md has the
+table, and the doctor names the lever for the rest. SFT has 16 answers a step on every card; GRPO's number depends on
+the card, because all completions of a step are sampled together, and that is what takes most memory.
 """
 
 from typing import Any, Literal
@@ -19,8 +19,8 @@ USABLE_GIB: dict[str, float] = {"t4": 14.5, "24gb": 23.0, "40gb": 39.0, "80gb": 
 _SHARED: dict[str, dict[str, Any]] = {
     "t4": {"dtype": "float16", "max_length": 1664},  # no bfloat16 before Ampere
     "24gb": {"dtype": "bfloat16", "max_length": 2048},
-    "40gb": {"dtype": "bfloat16", "max_length": 2560},
-    "80gb": {"dtype": "bfloat16", "max_length": 3072},
+    "40gb": {"dtype": "bfloat16", "max_length": 2048},
+    "80gb": {"dtype": "bfloat16", "max_length": 2560},
 }
 _SFT: dict[str, dict[str, Any]] = {
     "t4": {"batch_size": 2, "gradient_accumulation_steps": 8},

@@ -115,7 +115,8 @@ class Estimate:
         adapter: LoRA weights in float32, their gradients and the optimizer's state.
         scorers: BERTScore's and BLEURT's networks, where they are on the GPU.
         kv_cache: keys and values of all completions that are sampled together, at full length (GRPO).
-        sampling: the logits of one token of each of them (GRPO).
+        sampling: what it takes to fill them: one token's logits for each, or, where that is more than what the caches
+            still grow by, reading all prompts at once (GRPO).
         activations: what a micro-batch's forward pass keeps for the backward pass.
         one_block: what the backward pass through one block adds to it (with gradient checkpointing, all of the block).
         logits: logits of one micro-batch, with their gradient and softmax; gone before the first block's turn.
@@ -219,7 +220,14 @@ def estimate(
         cache_token = 2 * shape.kv_heads * shape.head_dim * dtype_bytes
         # A block's cache is copied when it grows by a token, so that one block is held twice.
         kv_cache = completions * max_length * cache_token * (shape.layers + 1)
-        sampling = completions * shape.vocabulary * (dtype_bytes + 3 * 4)
+        # All prompts are read at once: four tensors of the MLP and two of the hidden size, where autocast's float32
+        # copies come on top. The caches are then short of the completions.
+        prompts = completions * (max_length - max_completion_length)
+        prefill = prompts * (4 * dtype_bytes * shape.intermediate + 2 * dtype_bytes * shape.hidden)
+        if dtype_bytes == 2:
+            prefill += prompts * 4 * shape.intermediate
+        growth = kv_cache - prompts * cache_token * shape.layers
+        sampling = max(completions * shape.vocabulary * (dtype_bytes + 3 * 4), prefill - growth)
     return Estimate(
         weights=int(weights),
         adapter=adapter,

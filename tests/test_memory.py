@@ -85,7 +85,8 @@ FLOAT, BF16 = torch.float32, torch.bfloat16
         ("sft", "activations", False, BF16, 4, 2),
         ("grpo", "logits", True, BF16, 4, 2),
         ("grpo", "activations", False, FLOAT, 4, 2),
-        ("grpo", "kv_cache", True, FLOAT, 2, 20),
+        ("grpo", "rollout", True, FLOAT, 2, 12),
+        ("grpo", "rollout", True, BF16, 2, 12),
     ],
 )
 def test_the_estimate_is_near_the_measured_peak(
@@ -144,7 +145,8 @@ def test_the_estimate_is_near_the_measured_peak(
     )
     with capsys.disabled():
         print(f" {live.peak / 2**20:.0f} MiB, estimate / measured {found.peak / live.peak:.2f}")
-    assert max(("activations", "logits", "kv_cache"), key=lambda part: getattr(found, part)) == fullest
+    parts = ("rollout",) if found.rollout > found.update else ("activations", "logits")
+    assert max(parts, key=lambda part: getattr(found, part)) == fullest
     assert found.peak == pytest.approx(live.peak, rel=TOLERANCE)
 
 
@@ -192,8 +194,8 @@ def test_every_recipe_fits_every_card_or_has_a_lever(model, gpu, stage, backend)
     shape, limit = SHAPES[chosen.model.name], USABLE_GIB[gpu]
     if estimate_recipe(chosen, shape, backend).fits(limit):
         return
-    assert gpu == "t4"
-    assert model == "midm" or (backend, model) == ("hf", "qwen-8b")
+    assert gpu == "t4" or (gpu, model, backend) == ("24gb", "midm", "hf")
+    assert model in ("ax", "kanana", "qwen-8b", "midm")  # 7B parameters and more
     overrides, then = next_lever(chosen, shape, backend, limit)
     changed = recipe(model, gpu, *overrides, stage=stage)  # what the lever says is a valid recipe
     assert estimate_recipe(changed, shape, backend) == then
