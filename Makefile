@@ -5,16 +5,25 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 DATA   ?= data
 RUNS   ?= runs
+MODELS := $(filter-out tiny,$(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/grpo.yaml)))))
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo '[gpu]')
 
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-ppl sft-qwen grpo-qwen export-qwen submit-qwen clean
+.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-ppl bench-decoding clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@echo
+	@echo "  One model on one GPU, with the contest's train.json, dev.json and test.json in DATA:"
+	@echo "  make sft-NAME      SFT with dev loss deciding when to stop        DATA=data  RUNS=runs"
+	@echo "  make doctor-NAME   look whether the GRPO stage will run, and fit  GPU=t4|24gb|40gb|80gb (default: what is here)"
+	@echo "  make grpo-NAME     GRPO, going on from the SFT adapter            MODEL=another hub id, or a folder"
+	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model"
+	@echo "  make submit-NAME   answer test.json and write a checked submission"
+	@echo "  NAME: $(MODELS)"
 
 setup: $(STAMP) ## make .venv and install everything (once)
 
@@ -56,21 +65,28 @@ bench-rewards: $(STAMP) ## scoring GRPO batches: pair by pair against ours
 bench-ppl: $(STAMP) ## mining PPL labels: a forward for each pair against ours
 	$(RUN) -m benchmarks.ppl
 
-# The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json.
-sft-qwen: $(STAMP) ## SFT of Qwen3-4B on DATA=folder with the contest's files (one GPU)
-	$(RUN) recipes/sft.py recipes/qwen/sft.yaml data.train="$(DATA)/train.json" data.dev="$(DATA)/dev.json" \
-	  training.output="$(RUNS)/qwen-sft" --resume auto
+# The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json. Each recipes/NAME is a model: make sft-NAME,
+# grpo-NAME, export-NAME, submit-NAME. GPU=t4|24gb|40gb|80gb states the card, MODEL= another hub id or a folder with weights.
+CARD  = $(if $(GPU),gpu=$(GPU)) $(if $(MODEL),"model.name=$(MODEL)")
 
-grpo-qwen: $(STAMP) ## GRPO from the SFT adapter
-	$(RUN) recipes/grpo.py recipes/qwen/grpo.yaml data.train="$(DATA)/train.json" \
-	  model.adapter="$(RUNS)/qwen-sft/adapter" training.output="$(RUNS)/qwen-grpo" --resume auto
+sft-%: recipes/%/sft.yaml $(STAMP)
+	$(RUN) recipes/sft.py $< data.train="$(DATA)/train.json" data.dev="$(DATA)/dev.json" \
+	  training.output="$(RUNS)/$*-sft" $(CARD) --resume auto
 
-export-qwen: $(STAMP) ## merge the GRPO adapter into the 16-bit model
-	$(RUN) -m malpyeong.export "$(RUNS)/qwen-grpo/adapter" -o "$(RUNS)/qwen-merged"
+grpo-%: recipes/%/grpo.yaml $(STAMP)
+	$(RUN) recipes/grpo.py $< data.train="$(DATA)/train.json" \
+	  model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD) --resume auto
 
-submit-qwen: $(STAMP) ## answer DATA/test.json and write a checked submission
-	$(RUN) -m malpyeong.predict "$(RUNS)/qwen-merged" "$(DATA)/test.json" -o "$(RUNS)/qwen-test.json"
-	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/qwen-test.json" -o "$(RUNS)/qwen-submission.json"
+doctor-%: recipes/%/grpo.yaml $(STAMP)
+	$(RUN) -m malpyeong.doctor $< data.train="$(DATA)/train.json" \
+	  model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD)
+
+export-%: $(STAMP)
+	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged"
+
+submit-%: $(STAMP)
+	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(DATA)/test.json" -o "$(RUNS)/$*-test.json"
+	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
 
 clean: ## remove the virtual environment and caches (runs/ stays)
 	rm -rf "$(VENV)" .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,9 @@
-"""Recipe files: YAML with strict keys, overridden on the command line by ``block.key=value``."""
+"""Recipe files: YAML with strict keys, overridden on the command line by ``block.key=value``.
+
+A value comes from the first of: the command line, the YAML file, the dial of the card (``gpu``, see
+``malpyeong.gpus``), the defaults below. What the models share is a default here, so that a model's YAML says what is
+particular to it; the resolved recipe with every key is written into the run's folder.
+"""
 
 import difflib
 from collections.abc import Sequence
@@ -9,6 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from malpyeong.errors import InputError
+from malpyeong.gpus import Gpu, detect, dial
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Block(BaseModel):
@@ -20,21 +28,29 @@ class Block(BaseModel):
 class LoraBlock(Block):
     """LoRA adapter: rank, scale and where it goes. Dropout is always 0 (rollouts are sampled in train mode)."""
 
-    r: int = Field(gt=0)
-    alpha: int = Field(gt=0)
-    target_modules: list[str] = Field(min_length=1)
+    r: int = Field(default=64, gt=0)
+    alpha: int = Field(default=128, gt=0)
+    target_modules: list[str] = Field(default=ALL_LINEAR, min_length=1)
 
 
 class ModelBlock(Block):
-    """Which model is trained, and how it is held in memory."""
+    """Which model is trained, how it is held in memory, and what its tokenizer's files get wrong.
+
+    ``eos_token`` and ``pad_token`` replace the tokenizer's own; answers end with the former, and generation stops at
+    it. ``tokenizer_json: true`` reads ``tokenizer.json`` as it is, where transformers would put the tokenizer class of
+    the architecture in the place of the one that the model was trained with.
+    """
 
     name: str
     adapter: str | None = None
     backend: Literal["auto", "unsloth", "hf"] = "auto"
-    load_in_4bit: bool
+    load_in_4bit: bool = True
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     max_length: int = Field(gt=0)
-    lora: LoraBlock
+    eos_token: str | None = None
+    pad_token: str | None = None
+    tokenizer_json: bool = False
+    lora: LoraBlock = LoraBlock()
 
 
 class SFTData(Block):
@@ -49,19 +65,19 @@ class SFTTraining(Block):
     fallen for ``patience`` measurements, and the best adapter is kept."""
 
     output: str
-    seed: int
+    seed: int = 0
     epochs: float = Field(gt=0)
     learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
     batch_size: int = Field(gt=0)
     gradient_accumulation_steps: int = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    max_grad_norm: float = Field(gt=0)
-    optim: str
-    gradient_checkpointing: bool
-    eval_steps: int = Field(gt=0)
-    patience: int = Field(gt=0)
-    logging_steps: int = Field(gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    optim: str = "adamw_8bit"
+    gradient_checkpointing: bool = True
+    eval_steps: int = Field(default=20, gt=0)
+    patience: int = Field(default=3, gt=0)
+    logging_steps: int = Field(default=1, gt=0)
 
 
 class ScorersBlock(Block):
@@ -69,8 +85,8 @@ class ScorersBlock(Block):
 
     bertscore: str | None = None
     bleurt: str | None = None
-    device: Literal["auto", "cpu", "cuda"]
-    dtype: Literal["float32", "float16", "bfloat16"]
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 class GRPOData(Block):
@@ -87,32 +103,35 @@ class GRPOTraining(Block):
     ``multi_objective_aggregation``: ``sum_then_normalize`` weighs and adds the rewards, then subtracts the group's mean
     and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
     spread within the group first. ``min_spread``: see :class:`malpyeong.rewards.RewardRun`.
+    ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
+    on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's.
     """
 
     output: str
-    seed: int
+    seed: int = 0
     max_steps: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
     batch_size: int = Field(gt=0)
     gradient_accumulation_steps: int = Field(gt=0)
     num_generations: int = Field(ge=2)
-    num_iterations: int = Field(gt=0)
+    num_iterations: int = Field(default=1, gt=0)
     max_completion_length: int = Field(gt=0)
-    temperature: float = Field(gt=0)
-    epsilon: float = Field(gt=0)
-    epsilon_high: float = Field(gt=0)
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
-    scale_rewards: Literal["group", "batch", "none"]
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
-    min_spread: float = Field(ge=0)
-    mask_truncated_completions: bool
-    weight_decay: float = Field(ge=0)
-    max_grad_norm: float = Field(gt=0)
-    optim: str
-    gradient_checkpointing: bool
-    logging_steps: int = Field(gt=0)
-    save_steps: int = Field(gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+    epsilon: float = Field(default=0.2, gt=0)
+    epsilon_high: float = Field(default=0.28, gt=0)
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "normalize_then_sum"
+    min_spread: float = Field(default=0.01, ge=0)
+    mask_truncated_completions: bool = False
+    use_vllm: bool = False
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    optim: str = "adamw_8bit"
+    gradient_checkpointing: bool = True
+    logging_steps: int = Field(default=1, gt=0)
+    save_steps: int = Field(default=25, gt=0)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GRPOTraining":
@@ -133,6 +152,7 @@ class GRPOTraining(Block):
 class SFTRecipe(Block):
     """``recipes/sft.py``."""
 
+    gpu: Gpu | None = None
     model: ModelBlock
     data: SFTData
     training: SFTTraining
@@ -141,13 +161,22 @@ class SFTRecipe(Block):
 class GRPORecipe(Block):
     """``recipes/grpo.py``."""
 
+    gpu: Gpu | None = None
     model: ModelBlock
     data: GRPOData
     training: GRPOTraining
 
     @model_validator(mode="after")
-    def _known_rewards(self) -> "GRPORecipe":
+    def _consistent(self) -> "GRPORecipe":
         from malpyeong.rewards import NEEDS, REWARDS
+
+        if self.training.max_completion_length >= self.model.max_length:
+            raise ValueError(
+                f"training.max_completion_length = {self.training.max_completion_length} leaves no room for a prompt "
+                f"within model.max_length = {self.model.max_length}"
+            )
+        if self.training.use_vllm and self.gpu == "t4":
+            raise ValueError("training.use_vllm: vLLM is not reliable on a T4; leave it out there")
 
         if not any(self.data.rewards.values()):
             raise ValueError("data.rewards: every weight is 0; nothing would be learnt")
@@ -220,6 +249,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str], kind: type[Recipe]) 
         raise InputError(f"{path}: holds no blocks; expected {', '.join(kind.model_fields)}")
     for override in overrides:
         _apply(values, override)
+    if values.get("gpu") == "auto":
+        values["gpu"] = detect()
+    _fill(values, dial(values.get("gpu"), "grpo" if kind is GRPORecipe else "sft"))
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -236,6 +268,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise InputError(f'"{override}": "{block}" is not a block')
     values[key] = _value(override, text)
+
+
+def _fill(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Add what is not stated, block by block; a block that the recipe does not have stays away."""
+    for key, default in defaults.items():
+        if not isinstance(default, dict):
+            values.setdefault(key, default)
+        elif isinstance(values.get(key), dict):
+            _fill(values[key], default)
 
 
 def _value(override: str, text: str) -> Any:  # noqa: ANN401 -- what YAML gives

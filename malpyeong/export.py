@@ -79,7 +79,14 @@ def export(
     """
     import torch
 
-    from malpyeong.model import base_of_adapter, load_base, load_for_prediction, load_tokenizer, put_adapter
+    from malpyeong.model import (
+        base_of_adapter,
+        load_base,
+        load_for_prediction,
+        load_tokenizer,
+        put_adapter,
+        stop_at_eos,
+    )
     from malpyeong.predict import predict
     from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 
@@ -95,6 +102,7 @@ def export(
                 f"{base}: is a quantised model, onto which an adapter must not be merged; name its 16-bit original "
                 "with --base, or use --dequantised"
             )
+        stop_at_eos(model, tokenizer)
         model = put_adapter(model, adapter).to("cuda" if torch.cuda.is_available() else "cpu").eval()
         prompts = [prompt_ids(tokenizer, build_messages(record)) for record in check]
         answers = dict(predict(model, tokenizer, check, max_new_tokens=max_new_tokens))

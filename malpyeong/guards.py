@@ -8,6 +8,9 @@ from typing import Any
 import click
 from transformers import TrainerCallback
 
+from malpyeong.config import GRPORecipe, SFTRecipe
+from malpyeong.memory import Backend, estimate_recipe
+
 STEPS = 10
 
 
@@ -60,16 +63,34 @@ def _findings(logs: dict[str, Any]) -> dict[str, bool]:
 
 
 @contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into the measured peak and the levers."""
+def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe, backend: Backend) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error into the measured peak and the lever to pull next.
+
+    Args:
+        recipe: that is run.
+        backend: that the model was loaded with.
+    """
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError:
         peak, whole = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.mem_get_info()[1] / 2**30
-        raise TrainingStoppedError(
-            f"the GPU's memory does not suffice (peak {peak:.1f} GiB of {whole:.1f}); halve training.batch_size and "
-            "double training.gradient_accumulation_steps, then lower training.num_generations or "
-            "training.max_completion_length, or set data.scorers.device=cpu; start again in another folder"
-        ) from None
+        raise TrainingStoppedError(out_of_memory_text(recipe, backend, peak, whole)) from None
+
+
+def out_of_memory_text(recipe: SFTRecipe | GRPORecipe, backend: Backend, peak: float, whole: float) -> str:
+    """Return what to do after a run needed more than a card has, its peak and size in GiB."""
+    from malpyeong.doctor import lever_text, shape_of
+
+    shape = shape_of(recipe.model.name)
+    # The card was too small whatever the estimate says: aim for four fifths of what the estimate gives this recipe.
+    if shape is None:
+        lever = "halve training.batch_size and double training.gradient_accumulation_steps"
+    else:
+        aim = min(whole, 0.8 * estimate_recipe(recipe, shape, backend).peak / 2**30)
+        lever = f"by the estimate, {lever_text(recipe, shape, backend, aim)}"
+    return (
+        f"the GPU's memory does not suffice (peak {peak:.1f} GiB of {whole:.1f}); {lever}; start again in another "
+        "folder (training.output=…)"
+    )

@@ -10,7 +10,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from malpyeong.environment import version_problems
 from malpyeong.errors import InputError
+from malpyeong.memory import Backend
 
 if TYPE_CHECKING:
     import torch
@@ -18,16 +20,18 @@ if TYPE_CHECKING:
 
     from malpyeong.config import ModelBlock
 
+VLLM_SHARE = 0.4  # of the card's memory, for vLLM's weights and caches where it samples
 
 # On CPUs with avx512_bf16 bitsandbytes looks for an optional kernel on the hub and warns if it is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def choose_backend(model: "ModelBlock") -> str:
+def choose_backend(model: "ModelBlock") -> Backend:
     """Return ``unsloth`` or ``hf`` for this machine and configuration.
 
     Raises:
-        InputError: Unsloth is asked for where it is not installed or there is no GPU.
+        InputError: Unsloth is asked for where it is not installed or there is no GPU, or other packages' versions are
+            such that it would not work.
     """
     import torch
 
@@ -37,7 +41,12 @@ def choose_backend(model: "ModelBlock") -> str:
             'model.backend is unsloth, which needs a CUDA GPU and the package; run pip install "malpyeong[gpu]" '
             "on a GPU machine, or set model.backend=hf"
         )
-    return "unsloth" if usable and model.backend != "hf" else "hf"
+    if not usable or model.backend == "hf":
+        return "hf"
+    problems = [line for package in ("unsloth", "unsloth_zoo") for line in version_problems(package, missing=False)]
+    if problems:
+        raise InputError(f"{'; '.join(problems)}; or set model.backend=hf")
+    return "unsloth"
 
 
 def pick_dtype(name: str) -> "torch.dtype":
@@ -53,7 +62,9 @@ def pick_dtype(name: str) -> "torch.dtype":
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_for_training(model: "ModelBlock", seed: int, gradient_checkpointing: bool) -> tuple[Any, Any]:
+def load_for_training(
+    model: "ModelBlock", seed: int, gradient_checkpointing: bool, use_vllm: bool = False
+) -> tuple[Any, Any]:
     """Load base weights and a LoRA adapter that can be trained.
 
     The adapter is ``model.adapter`` where one is named (GRPO goes on from SFT's), else a new one, drawn after
@@ -67,11 +78,12 @@ def load_for_training(model: "ModelBlock", seed: int, gradient_checkpointing: bo
     check_lora(model)
     set_seed(seed)
     if choose_backend(model) == "unsloth":
-        return _load_unsloth(model, seed, gradient_checkpointing)
+        return _load_unsloth(model, seed, gradient_checkpointing, use_vllm)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    tokenizer = load_tokenizer(model.name)
+    tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
     base: Any = load_base(model.name, pick_dtype(model.dtype), load_in_4bit=model.load_in_4bit)
+    stop_at_eos(base, tokenizer)
     if model.load_in_4bit:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=gradient_checkpointing)
     elif gradient_checkpointing:
@@ -102,8 +114,11 @@ def load_for_prediction(
     import torch
 
     check_adapter(adapter)
-    tokenizer = load_tokenizer(name)
+    # The adapter's tokenizer is the one that it was trained with: its eos may not be the base's.
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(str(adapter) if own else name)
     model: Any = load_base(name, pick_dtype(dtype), load_in_4bit=load_in_4bit)
+    stop_at_eos(model, tokenizer)
     if adapter:
         model = put_adapter(model, adapter)
     if torch.cuda.is_available() and not load_in_4bit:
@@ -166,32 +181,79 @@ def keep_cpu_4bit_weights_differentiable(model: Any) -> None:  # noqa: ANN401 --
             module.support_avx512bf16_for_cpu = False
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer that pads on the left and whose pad token is not its eos token.
+def load_tokenizer(
+    name: str, eos_token: str | None = None, pad_token: str | None = None, tokenizer_json: bool = False
+) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer that pads on the left, whose pad token is not its eos token, and whose template knows no today.
+
+    Args:
+        name: folder or hub id.
+        eos_token: ends an answer, instead of the tokenizer's own.
+        pad_token: pads, instead of the tokenizer's own.
+        tokenizer_json: read ``tokenizer.json`` as it is, whatever class transformers has for the architecture.
 
     Raises:
-        InputError: not found, no chat template, no eos token, or no token to pad with.
+        InputError: not found, no chat template, no eos token, no token to pad with, or a stated one is unknown.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Of a folder that was saved from such a tokenizer, AutoTokenizer would again look at the architecture alone.
+        declared = get_tokenizer_config(name).get("tokenizer_class")
+        as_is = tokenizer_json or declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        kind: Any = PreTrainedTokenizerFast if as_is else AutoTokenizer
+        tokenizer = kind.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from None
+    for key, token in (("eos_token", eos_token), ("pad_token", pad_token)):
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            known = ", ".join(sorted(set(tokenizer.all_special_tokens))[:10])
+            raise InputError(f"{name}: model.{key} {token} is not a token of this model; its special tokens: {known}")
+        setattr(tokenizer, key, token)
     if not tokenizer.chat_template:
         raise InputError(f"{name}: the tokenizer has no chat template; use the instruct version of the model")
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: the tokenizer has no eos token; generation would never stop")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        spare = next((token for token in ("<|endoftext|>", "<|pad|>", "<pad>") if _is_spare(tokenizer, token)), None)
+        spare = next((token for token in _SPARE_TOKENS if _is_spare(tokenizer, token)), None)
         if spare is None:
             raise InputError(
                 f"{name}: pad and eos are the same token and no spare one is known; training would unlearn to "
-                "stop. Add a pad token to the tokenizer and save it"
+                "stop. Name a token that no text contains with model.pad_token"
             )
         tokenizer.pad_token = spare
+    tokenizer.chat_template = _without_today(tokenizer.chat_template)
     tokenizer.padding_side = "left"
-    return tokenizer
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+_SPARE_TOKENS = ("<|endoftext|>", "<|pad|>", "<pad>", "<|finetune_right_pad_id|>", "<|end_of_text|>")
+
+# Templates ask transformers for today's date by this function. A macro of the same name takes its place, in the
+# template itself, so that every program that renders it sees the same prompt on every day.
+_FROZEN_DATE = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
+
+
+def _without_today(template: str | dict[str, str]) -> str | dict[str, str]:
+    if isinstance(template, dict):
+        return {name: str(_without_today(text)) for name, text in template.items()}
+    if "strftime_now" not in template or template.startswith(_FROZEN_DATE):
+        return template
+    return _FROZEN_DATE + template
+
+
+def stop_at_eos(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: ANN401 -- a transformers model
+    """Let generation stop at the tokenizer's eos token, and at what the model's own files name besides."""
+    generation = model.generation_config
+    named = generation.eos_token_id
+    others = named if isinstance(named, list) else [] if named is None else [named]
+    stops = [tokenizer.eos_token_id, *(token for token in others if token != tokenizer.eos_token_id)]
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
+    generation.pad_token_id = tokenizer.pad_token_id
 
 
 def check_adapter(adapter: str | Path | None) -> dict[str, Any]:
@@ -247,15 +309,22 @@ def base_of_adapter(adapter: str | Path) -> str:
     return str(name)
 
 
-def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool) -> tuple[Any, Any]:
+def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, use_vllm: bool) -> tuple[Any, Any]:
     from unsloth import FastLanguageModel
 
+    checkpointing: Any = "unsloth" if gradient_checkpointing else False
+    with_vllm = {"max_lora_rank": model.lora.r, "gpu_memory_utilization": VLLM_SHARE} if use_vllm else {}
     loaded, _ = FastLanguageModel.from_pretrained(
         model_name=model.adapter or model.name,
         max_seq_length=model.max_length,
         dtype=pick_dtype(model.dtype),
         load_in_4bit=model.load_in_4bit,
-        fast_inference=False,
+        use_gradient_checkpointing=checkpointing,
+        # Not a quantised copy of Unsloth's, which differs from the model that is named and that `export` merges onto.
+        use_exact_model_name=True,
+        random_state=seed,
+        fast_inference=use_vllm,
+        **with_vllm,
     )
     if model.adapter is None:
         loaded = FastLanguageModel.get_peft_model(
@@ -265,11 +334,35 @@ def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool) 
             lora_dropout=0,
             bias="none",
             target_modules=list(model.lora.target_modules),
-            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+            use_gradient_checkpointing=checkpointing,
             random_state=seed,
             max_seq_length=model.max_length,
         )
-    return loaded, load_tokenizer(model.name)
+    tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
+    stop_at_eos(loaded, tokenizer)
+    return loaded, tokenizer
+
+
+def check_vllm(model: "ModelBlock", use_vllm: bool) -> None:
+    """Make sure, before anything is loaded, that vLLM can sample where a recipe asks for it.
+
+    Raises:
+        InputError: it is not installed, the card is too old for it, or the trainer cannot hand it 4-bit weights.
+    """
+    if not use_vllm:
+        return
+    import torch
+
+    cure = "leave training.use_vllm out"
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(f'training.use_vllm: vLLM is not installed; pip install "malpyeong[vllm]", or {cure}')
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        raise InputError(f"training.use_vllm: vLLM needs a GPU of the Ampere generation or later, not a T4; {cure}")
+    if choose_backend(model) == "hf" and model.load_in_4bit:
+        raise InputError(
+            "training.use_vllm: without Unsloth, vLLM cannot take over 4-bit weights; set model.load_in_4bit=false, or "
+            + cure
+        )
 
 
 def _is_spare(tokenizer: "PreTrainedTokenizerBase", token: str) -> bool:

@@ -9,6 +9,7 @@ import click
 
 from malpyeong.config import GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
+from malpyeong.memory import Backend
 from malpyeong.model import pick_dtype
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 from malpyeong.records import Record
@@ -32,7 +33,7 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record],
         prompt = prompt_ids(tokenizer, build_messages(record))
         answer = completion_ids(tokenizer, record.answer or "")
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    _check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
+    check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
     return Dataset.from_list(rows)
 
 
@@ -66,7 +67,7 @@ def grpo_dataset(
         {"prompt": build_messages(record), "reference": record.answer, "record_id": record.id} for record in records
     ]
     lengths = [len(prompt_ids(tokenizer, build_messages(record))) + max_completion_length for record in records]
-    _check_lengths(records, lengths, max_length)
+    check_lengths(records, lengths, max_length)
     rng = random.Random(seed)
     order: list[dict[str, Any]] = []
     while len(order) < prompts:
@@ -89,6 +90,7 @@ def train(
     trainer: Any,  # noqa: ANN401 -- a transformers Trainer
     tokenizer: "PreTrainedTokenizerBase",
     recipe: SFTRecipe | GRPORecipe,
+    backend: Backend,
     inputs: Sequence[Path],
     checkpoint: Path | None,
 ) -> None:
@@ -98,6 +100,7 @@ def train(
         trainer: an SFTTrainer or GRPOTrainer.
         tokenizer: saved beside the adapter.
         recipe: written down in the run's folder.
+        backend: that the model was loaded with.
         inputs: files that the run is made from.
         checkpoint: where to go on from; one that was written at the very end is only loaded.
 
@@ -121,7 +124,7 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
     else:
-        with explain_out_of_memory():
+        with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finish_run(output, trainer.model, tokenizer, recipe.model.name, before, trainer.state.log_history)
 
@@ -169,7 +172,12 @@ def precision(dtype: str) -> dict[str, Any]:
     return {"bf16": chosen == torch.bfloat16, "fp16": chosen == torch.float16}
 
 
-def _check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:
+def check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:
+    """Make sure that every record fits, so that nothing is ever cut.
+
+    Raises:
+        InputError: some do not; names the longest.
+    """
     long = [(length, record.id) for length, record in zip(lengths, records, strict=True) if length > limit]
     if long:
         longest, id_ = max(long)

@@ -19,63 +19,32 @@ Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the da
 """
 
 import math
-import os
 import time
-
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-
 from pathlib import Path
+from typing import Any
 
 import click
 
 from malpyeong.config import GRPORecipe, load_recipe
-from malpyeong.model import check_adapter, choose_backend, load_for_training
+from malpyeong.environment import prepare_environment
+from malpyeong.memory import Backend
+from malpyeong.model import VLLM_SHARE, check_adapter, choose_backend, load_for_training
 from malpyeong.prompts import TEMPLATE_OPTIONS
 from malpyeong.records import load_records
 from malpyeong.rewards import RewardRun, load_models
 from malpyeong.runs import assert_arguments, check_run
 
 
-@click.command()
-@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
-@click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
-    """Train a LoRA adapter by GRPO, as RECIPE says."""
-    recipe = load_recipe(recipe_file, overrides, GRPORecipe)
-    model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
-    records = load_records(recipe.data.train, answers="gold")
-    output = Path(training.output)
-    inputs = [Path(recipe.data.train)]
-    if model_block.adapter:
-        check_adapter(model_block.adapter)
-        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
-    checkpoint = check_run(output, recipe, inputs, resume == "auto")
-    if (output / "adapter").exists():
-        click.echo(f"{output / 'adapter'}: this run has ended already")
-        return
+def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
+    """Return the trainer's arguments.
 
-    if choose_backend(model_block) == "unsloth":
-        import unsloth  # noqa: F401 -- must come before trl, transformers and peft
-    from trl import GRPOConfig, GRPOTrainer
+    Every one that matters is stated, and asserted once the trainer is made: Unsloth's trainers have other defaults.
+    """
+    from malpyeong.training import precision
 
-    from malpyeong.training import grpo_dataset, precision, train
-
-    models = load_models(weights, recipe.data.scorers)
-    for name, scorer in models.items():
-        click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
-    rewards = RewardRun(weights, training.num_generations, models, training.min_spread)
-    model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
-    generations = math.ceil(training.max_steps / training.num_iterations)
-    completions = training.batch_size * training.gradient_accumulation_steps
-    prompts = generations * completions // training.num_generations
-    dataset = grpo_dataset(
-        tokenizer, records, model_block.max_length, training.max_completion_length, prompts, training.seed
-    )
-
-    # Every argument that matters is stated, and asserted below: Unsloth's trainers have other defaults.
-    stated = {
-        "output_dir": str(output),
+    model_block, training = recipe.model, recipe.training
+    return {
+        "output_dir": training.output,
         "seed": training.seed,
         "data_seed": training.seed,
         "max_steps": training.max_steps,
@@ -83,6 +52,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": training.warmup_steps,
         "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "steps_per_generation": training.gradient_accumulation_steps,
         "num_generations": training.num_generations,
@@ -100,11 +70,17 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "importance_sampling_level": "token",
         "scale_rewards": training.scale_rewards,
         "multi_objective_aggregation": training.multi_objective_aggregation,
-        "reward_weights": list(weights.values()),
+        "reward_weights": list(recipe.data.rewards.values()),
         "mask_truncated_completions": training.mask_truncated_completions,
         "shuffle_dataset": False,  # shuffled in grpo_dataset, so that a resumed run sees the same order
         "disable_dropout": True,
-        "use_vllm": False,
+        "use_vllm": training.use_vllm,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": VLLM_SHARE,
+        "vllm_max_model_length": model_block.max_length,
+        "vllm_importance_sampling_correction": True,
+        "generation_kwargs": {},
+        "router_aux_loss_coef": 0.0,
         "chat_template_kwargs": TEMPLATE_OPTIONS,
         "remove_unused_columns": False,
         "weight_decay": training.weight_decay,
@@ -115,12 +91,59 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "save_steps": training.save_steps,
         "save_total_limit": 1,
         "logging_steps": training.logging_steps,
+        "torch_empty_cache_steps": None,
+        "eval_accumulation_steps": None,
+        "include_num_input_tokens_seen": "no",
         "logging_nan_inf_filter": False,  # malpyeong.guards looks for them
         "log_completions": True,  # to completions/, for `python -m malpyeong.report run`
         "num_completions_to_print": 0,
         "report_to": [],
         **precision(model_block.dtype),
     }
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
+def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+    """Train a LoRA adapter by GRPO, as RECIPE says."""
+    prepare_environment()
+    recipe = load_recipe(recipe_file, overrides, GRPORecipe)
+    model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
+    records = load_records(recipe.data.train, answers="gold")
+    output = Path(training.output)
+    inputs = [Path(recipe.data.train)]
+    if model_block.adapter:
+        check_adapter(model_block.adapter)
+        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
+    checkpoint = check_run(output, recipe, inputs, resume == "auto")
+    if (output / "adapter").exists():
+        click.echo(f"{output / 'adapter'}: this run has ended already")
+        return
+
+    backend = choose_backend(model_block)
+    if backend == "unsloth":
+        import unsloth  # noqa: F401 -- must come before trl, transformers and peft
+    from trl import GRPOConfig, GRPOTrainer
+
+    from malpyeong.doctor import check
+    from malpyeong.training import grpo_dataset, train
+
+    check(recipe, backend)
+    models = load_models(weights, recipe.data.scorers)
+    for name, scorer in models.items():
+        click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
+    rewards = RewardRun(weights, training.num_generations, models, training.min_spread)
+    model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
+    generations = math.ceil(training.max_steps / training.num_iterations)
+    completions = training.batch_size * training.gradient_accumulation_steps
+    prompts = generations * completions // training.num_generations
+    dataset = grpo_dataset(
+        tokenizer, records, model_block.max_length, training.max_completion_length, prompts, training.seed
+    )
+
+    stated = arguments(recipe, backend)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=rewards.functions,
@@ -130,7 +153,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     )
     assert_arguments(trainer.args, stated)
     start = time.perf_counter()
-    train(trainer, tokenizer, recipe, inputs, checkpoint)
+    train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
     share = rewards.seconds / (time.perf_counter() - start)
     click.echo(f"{output / 'adapter'}: {trainer.state.global_step} steps; the rewards took {share:.1%} of the time")
 

@@ -13,52 +13,29 @@ What it does:
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
 """
 
-import os
-
-os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-
 from pathlib import Path
+from typing import Any
 
 import click
 
 from malpyeong.config import SFTRecipe, load_recipe
+from malpyeong.environment import prepare_environment
+from malpyeong.memory import Backend
 from malpyeong.model import check_adapter, choose_backend, load_for_training
 from malpyeong.records import load_records
 from malpyeong.runs import assert_arguments, check_run
 
 
-@click.command()
-@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
-@click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
-    """Train a LoRA adapter by SFT, as RECIPE says."""
-    recipe = load_recipe(recipe_file, overrides, SFTRecipe)
+def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
+    """Return the trainer's arguments.
+
+    Every one that matters is stated, and asserted once the trainer is made: Unsloth's trainers have other defaults.
+    """
+    from malpyeong.training import precision
+
     model_block, training = recipe.model, recipe.training
-    splits = {name: load_records(getattr(recipe.data, name), answers="gold") for name in ("train", "dev")}
-    output = Path(training.output)
-    inputs = [Path(recipe.data.train), Path(recipe.data.dev)]
-    if model_block.adapter:
-        check_adapter(model_block.adapter)
-        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
-    checkpoint = check_run(output, recipe, inputs, resume == "auto")
-    if (output / "adapter").exists():
-        click.echo(f"{output / 'adapter'}: this run has ended already")
-        return
-
-    if choose_backend(model_block) == "unsloth":
-        import unsloth  # noqa: F401 -- must come before trl, transformers and peft
-    from transformers import EarlyStoppingCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from malpyeong.training import precision, sft_dataset, train
-
-    model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
-    datasets = {name: sft_dataset(tokenizer, records, model_block.max_length) for name, records in splits.items()}
-
-    # Every argument that matters is stated, and asserted below: Unsloth's trainers have other defaults.
-    stated = {
-        "output_dir": str(output),
+    return {
+        "output_dir": training.output,
         "seed": training.seed,
         "data_seed": training.seed,
         "num_train_epochs": training.epochs,
@@ -75,6 +52,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "gradient_checkpointing": training.gradient_checkpointing,
         "max_length": model_block.max_length,  # nothing is cut: sft_dataset has checked every length
         "packing": False,
+        "padding_free": False,
+        # Unsloth has a loss of its own that holds no logits, which another than "nll" would switch off.
+        "loss_type": "nll" if backend == "unsloth" else "chunked_nll",
         "eval_strategy": "steps",
         "eval_steps": training.eval_steps,
         "save_strategy": "steps",
@@ -85,10 +65,49 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "logging_steps": training.logging_steps,
+        "torch_empty_cache_steps": None,
+        "eval_accumulation_steps": None,
+        "include_num_input_tokens_seen": "no",
         "logging_nan_inf_filter": False,  # malpyeong.guards looks for them
         "report_to": [],
         **precision(model_block.dtype),
     }
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
+def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+    """Train a LoRA adapter by SFT, as RECIPE says."""
+    prepare_environment()
+    recipe = load_recipe(recipe_file, overrides, SFTRecipe)
+    model_block, training = recipe.model, recipe.training
+    splits = {name: load_records(getattr(recipe.data, name), answers="gold") for name in ("train", "dev")}
+    output = Path(training.output)
+    inputs = [Path(recipe.data.train), Path(recipe.data.dev)]
+    if model_block.adapter:
+        check_adapter(model_block.adapter)
+        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
+    checkpoint = check_run(output, recipe, inputs, resume == "auto")
+    if (output / "adapter").exists():
+        click.echo(f"{output / 'adapter'}: this run has ended already")
+        return
+
+    backend = choose_backend(model_block)
+    if backend == "unsloth":
+        import unsloth  # noqa: F401 -- must come before trl, transformers and peft
+    from transformers import EarlyStoppingCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from malpyeong.doctor import check
+    from malpyeong.training import sft_dataset, train
+
+    check(recipe, backend)
+    model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
+    datasets = {name: sft_dataset(tokenizer, records, model_block.max_length) for name, records in splits.items()}
+
+    stated = arguments(recipe, backend)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**stated),
@@ -98,7 +117,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience)],
     )
     assert_arguments(trainer.args, stated)
-    train(trainer, tokenizer, recipe, inputs, checkpoint)
+    train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
     best = trainer.state.best_metric
     click.echo(f"{output / 'adapter'}: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
 

@@ -6,14 +6,68 @@ import pytest
 
 from malpyeong.config import GRPORecipe, MiningRecipe, SFTRecipe, load_recipe
 from malpyeong.errors import InputError
+from malpyeong.gpus import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 KINDS = {"sft": SFTRecipe, "grpo": GRPORecipe, "mine": MiningRecipe}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_every_recipe_resolves(path):
-    load_recipe(path, [], KINDS[path.stem])
+@pytest.mark.parametrize("gpu", ["t4", "24gb", "40gb", "80gb"])
+def test_every_recipe_resolves(path, gpu):
+    recipe = load_recipe(path, [f"gpu={gpu}"], KINDS[path.stem])
+    assert (recipe.model.dtype == "float16") == (gpu == "t4") or path.parent.name == "tiny"
+    if path.stem == "grpo":
+        completions = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+        assert completions % recipe.training.num_generations == 0
+        assert recipe.training.max_completion_length < recipe.model.max_length
+    # What is written into the run's folder names every key, and reads back as the same recipe.
+    resolved = recipe.model_dump(mode="json")
+    assert KINDS[path.stem].model_validate(resolved) == recipe
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in RECIPES.glob("*/*.yaml")}), ids=lambda path: path.name
+)
+def test_both_stages_of_a_model_agree(folder):
+    sft, grpo = (load_recipe(folder / f"{stage}.yaml", ["gpu=24gb"], kind) for stage, kind in KINDS.items())
+    assert sft.model == grpo.model.model_copy(update={"adapter": None})
+    assert grpo.model.adapter == f"{sft.training.output}/adapter"
+
+
+def test_what_is_stated_goes_before_the_dial():
+    path = RECIPES / "qwen" / "grpo.yaml"
+    stated = ["gpu=t4", "training.num_generations=4", "model.dtype=float32", "data.scorers.device=cuda"]
+    recipe = load_recipe(path, stated, GRPORecipe)
+    assert (recipe.gpu, recipe.training.num_generations, recipe.model.dtype) == ("t4", 4, "float32")
+    assert recipe.data.scorers.device == "cuda"
+    assert load_recipe(path, ["gpu=t4"], GRPORecipe).data.scorers.device == "cpu"
+    # The tiny recipes state everything: the dial changes nothing there.
+    path = RECIPES / "tiny" / "grpo.yaml"
+    tiny, dialled = load_recipe(path, [], GRPORecipe), load_recipe(path, ["gpu=80gb"], GRPORecipe)
+    assert dialled == tiny.model_copy(update={"gpu": "80gb"})
+
+
+def test_a_card_that_is_not_on_the_dial_is_an_error():
+    path = RECIPES / "qwen" / "grpo.yaml"
+    with pytest.raises(InputError, match="gpu: Input should be 't4', '24gb', '40gb' or '80gb'"):
+        load_recipe(path, ["gpu=8gb"], GRPORecipe)
+    with pytest.raises(InputError, match="vLLM is not reliable on a T4"):
+        load_recipe(path, ["gpu=t4", "training.use_vllm=true"], GRPORecipe)
+    with pytest.raises(InputError, match="leaves no room for a prompt"):
+        load_recipe(path, ["gpu=t4", "model.max_length=320"], GRPORecipe)
+
+
+def test_the_card_that_is_here_is_found():
+    assert [nearest(size, True) for size in (8, 15.0, 23.6, 22.0, 39.4, 47.4, 79.1, 139)] == [
+        None, "t4", "24gb", "24gb", "40gb", "40gb", "80gb", "80gb",
+    ]  # fmt: skip
+    assert nearest(14.74, False) == nearest(32, False) == "t4"
+    import torch
+
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="gpu: auto finds no GPU here; state the card with gpu=t4"):
+            load_recipe(RECIPES / "qwen" / "sft.yaml", [], SFTRecipe)
 
 
 def test_overrides():

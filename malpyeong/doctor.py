@@ -1,0 +1,452 @@
+"""Look whether a recipe will run, fit and learn, before hours of a GPU go into it.
+
+    python -m malpyeong.doctor recipes/qwen/grpo.yaml gpu=t4
+
+Every finding is one line with its cure. Both training scripts look first, without loading a model (``check``); the
+command also loads it and samples groups of answers, to see that rewards differ within a group. Exit code 1 where an
+error is found, 2 where the recipe or the data cannot be read.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+import yaml
+
+from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.environment import prepare_environment, version_problems
+from malpyeong.errors import InputError
+from malpyeong.gpus import USABLE_GIB, nearest
+from malpyeong.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
+from malpyeong.records import Record, load_records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Level = Literal["ok", "warning", "error"]
+AnyRecipe = SFTRecipe | GRPORecipe
+
+# What a tokenizer must give back as it was: compatibility jamo, old Hangul, hanja, IPA, quotes and dashes.
+SAMPLES = (
+    "\"어머니께서 'ㄹ' 받침과 'ㅡ'를 쓰셨다.\"가 옳다. 용언의 어간 끝 ‘ㅡ’는 ‘-아/-어’ 앞에서 줄어든다.",
+    '"“내일 만나자.”라고 말했다."가 옳다. 대화는 큰따옴표(“ ”)로, 마음속의 말은 작은따옴표(‘ ’)로 적는다.',
+    '"낙원(樂園)에서 쉬다."가 옳다. 한자음 ‘라, 래, 로, 뇌, 루, 르’가 단어의 첫머리에 올 때는 ‘나, 내, 노’로 적는다. ',
+    '"ᄒᆞᆫ글 ― 훈민정음 [ʃ]…"가 옳다.  옛 글자와 줄표, 말줄임표는 그대로 둔다.',
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: ``ok``; ``warning``: it runs, but maybe not as meant; ``error``: it will not run or not learn.
+        text: what was found.
+        cure: what to do, empty where all is well or the text says it.
+    """
+
+    level: Level
+    text: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:7} {self.text}" + (f"; {self.cure}" if self.cure else "")
+
+
+def check(recipe: AnyRecipe, backend: Backend) -> None:
+    """Look at everything that needs no model, show what may be wrong, and stop where something is.
+
+    Raises:
+        InputError: the first error that was found.
+    """
+    errors = []
+    for finding in examine(recipe, backend):
+        if finding.level == "error":
+            errors.append(finding)
+        elif finding.level == "warning":
+            click.echo(str(finding), err=True)
+    for finding in errors[1:]:
+        click.echo(str(finding), err=True)
+    if errors:
+        raise InputError(errors[0].text + (f"; {errors[0].cure}" if errors[0].cure else ""))
+
+
+def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
+    """Yield what can be found out without loading the model.
+
+    Raises:
+        InputError: a data file cannot be read.
+    """
+    from malpyeong.model import check_vllm, load_tokenizer
+
+    yield from _versions()
+    yield from _card(recipe)
+    names = ["train", "dev"] if isinstance(recipe, SFTRecipe) else ["train"]
+    records = [record for name in names for record in load_records(getattr(recipe.data, name), answers="gold")]
+    yield from _batches(recipe, len(records))
+    shape = shape_of(recipe.model.name)
+    yield from _memory(recipe, shape, backend)
+    yield from _disk(recipe, shape)
+    if isinstance(recipe, GRPORecipe):
+        yield from _scorers(recipe)
+        try:
+            check_vllm(recipe.model, recipe.training.use_vllm)
+        except InputError as error:
+            yield Finding("error", error.message)
+    model = recipe.model
+    try:
+        tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
+    except InputError as error:
+        yield Finding("error", error.message)
+        return
+    yield from examine_tokenizer(tokenizer, records)
+    yield from _lengths(recipe, tokenizer, records)
+
+
+def _versions() -> Iterator[Finding]:
+    found = [Finding("warning", line) for line in version_problems("malpyeong")]
+    yield from found or [Finding("ok", "package versions are those that were tested together")]
+
+
+def _card(recipe: AnyRecipe) -> Iterator[Finding]:
+    import torch
+
+    dtype, gpu = recipe.model.dtype, recipe.gpu
+    if not torch.cuda.is_available():
+        if gpu:
+            yield Finding("warning", f"no GPU here; the recipe is looked at for gpu={gpu}")
+        else:
+            yield Finding("ok", f"no GPU here; the recipe computes in {dtype} on the CPU")
+        return
+    card = torch.cuda.get_device_properties(0)
+    size = card.total_memory / GIB
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not bf16:
+        yield Finding("error", f"{card.name} does not compute in bfloat16", "set gpu=t4, or model.dtype=float16")
+    elif gpu and size < 0.95 * USABLE_GIB[gpu]:
+        fitting = nearest(size, bf16)
+        cure = f"set gpu={fitting}" if fitting else "set gpu=t4 and a smaller model"
+        yield Finding("error", f"gpu is {gpu}, but {card.name} has {size:.1f} GiB", cure)
+    else:
+        yield Finding("ok", f"{card.name}, {size:.1f} GiB; the recipe computes in {dtype}")
+
+
+def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
+    training = recipe.training
+    rollouts = training.batch_size * training.gradient_accumulation_steps
+    if isinstance(recipe, SFTRecipe):
+        yield Finding("ok", f"{records} records, {rollouts} answers a step")
+        return
+    group = recipe.training.num_generations
+    questions = rollouts // group
+    passes = recipe.training.max_steps * questions / records
+    text = f"{records} questions; a step samples {questions} × {group} = {rollouts} completions"
+    yield Finding("ok", f"{text}; {recipe.training.max_steps} steps ask each question {passes:.1f} times")
+
+
+def _memory(recipe: AnyRecipe, shape: ModelShape | None, backend: Backend) -> Iterator[Finding]:
+    import torch
+
+    if shape is None:
+        yield Finding(
+            "warning",
+            f"{recipe.model.name}: its shape cannot be read, so that memory is not estimated",
+            "go online, or name a folder with config.json",
+        )
+        return
+    found = estimate_recipe(recipe, shape, backend)
+    text = f"estimated peak {found.peak / GIB:.1f} GiB with backend {backend} ({found.table()})"
+    if torch.cuda.is_available():
+        limit = torch.cuda.get_device_properties(0).total_memory / GIB
+    elif recipe.gpu:
+        limit = USABLE_GIB[recipe.gpu]
+    else:
+        yield Finding("ok", text)
+        return
+    if found.fits(limit):
+        yield Finding("ok", f"{text}, of {limit:.1f}")
+        return
+    yield Finding(
+        "error" if found.peak > limit * GIB else "warning",
+        f"{text}, of {limit:.1f} less {RESERVE:.0%} to spare",
+        lever_text(recipe, shape, backend, limit),
+    )
+
+
+def lever_text(recipe: AnyRecipe, shape: ModelShape, backend: Backend, gib: float) -> str:
+    """Return what to change where a recipe does not fit a card of ``gib`` GiB."""
+    try:
+        overrides, then = next_lever(recipe, shape, backend, gib)
+    except ValueError:
+        return "take a smaller model"
+    if any(override.startswith("model.lora.") for override in overrides):
+        overrides = [*overrides, "(in both stages)"]
+    more = "" if then.fits(gib) else ", which does not suffice alone; then a smaller model"
+    return f"{' '.join(overrides)} brings it to {then.peak / GIB:.1f} GiB{more}"
+
+
+def shape_of(name: str) -> ModelShape | None:
+    """Return a model's shape from its config.json or the list of known ones, or None."""
+    from transformers import AutoConfig
+
+    try:
+        return ModelShape.of(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, AttributeError):
+        return SHAPES.get(name)
+
+
+def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
+    place = Path(recipe.training.output).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / GIB
+    lora = recipe.model.lora
+    # Three checkpoints at most at one moment (the last, the best, and the one being written), each with the optimizer's
+    # state, and the adapter.
+    adapter = 4 * shape.lora_parameters(lora.r, lora.target_modules) / GIB if shape else 1.0
+    needed = 3 * 3 * adapter + adapter
+    text = f"{free:.1f} GiB free in {place}, checkpoints and adapter take up to {needed:.1f}"
+    if free < needed:
+        yield Finding("error", text, "make room, or choose another disk with training.output=…")
+    else:
+        yield Finding("ok", text)
+
+
+def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
+    from malpyeong.rewards import NEEDS
+    from malpyeong.scoring.pairs import model_file
+
+    for name in sorted({model for reward in recipe.data.rewards for model in NEEDS.get(reward, ())}):
+        model = getattr(recipe.data.scorers, name)
+        try:
+            model_file(model, "config.json")
+            model_file(model, "model.safetensors", "pytorch_model.bin")
+        except click.ClickException as error:
+            yield Finding("error", f"data.scorers.{name}: {error.message}")
+        else:
+            yield Finding("ok", f"{name}: {model} is here")
+
+
+def examine_tokenizer(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record]) -> Iterator[Finding]:
+    """Yield whether prompts and answers become tokens, and text again, as training and the contest need it.
+
+    Args:
+        tokenizer: from :func:`malpyeong.model.load_tokenizer`.
+        records: with answers; the first hundred are tried.
+    """
+    from malpyeong.prompts import TEMPLATE_OPTIONS, build_messages, completion_ids
+
+    record = records[0]
+    messages: Any = build_messages(record)
+
+    def render(more: Sequence[dict[str, str]] = (), header: bool = True, **options: Any) -> str:  # noqa: ANN401
+        text = tokenizer.apply_chat_template(
+            [*messages, *more], add_generation_prompt=header, tokenize=False, **{**TEMPLATE_OPTIONS, **options}
+        )
+        return str(text)
+
+    prompt, bare = render(), render(header=False)
+    eos, end = str(tokenizer.eos_token), tokenizer.eos_token_id
+    found = []
+    if prompt == bare:
+        found.append(
+            Finding("error", "the chat template does not open the assistant's turn", "use the instruct version")
+        )
+    if any(message["content"] not in prompt for message in messages):
+        found.append(
+            Finding("error", "the chat template drops the instruction or the question", "use another model's template")
+        )
+    if prompt.rfind("<think>") > prompt.rfind("</think>"):
+        found.append(
+            Finding(
+                "error", "the prompt ends in an open <think>: answers would begin with thoughts", "mend the template"
+            )
+        )
+    # As on two days: the template asks for the date by this function.
+    if render(strftime_now=lambda _: "1999") != render(strftime_now=lambda _: "2001"):
+        found.append(
+            Finding("error", "the chat template writes today's date into the prompt", "set a fixed one in the template")
+        )
+    answer = record.answer or SAMPLES[0]
+    after = render([{"role": "assistant", "content": answer}], header=False).rpartition(answer)[2].lstrip()
+    if after and not after.startswith(eos):
+        ends = next((token for token in tokenizer.all_special_tokens if after.startswith(token)), after[:20])
+        found.append(
+            Finding(
+                "warning",
+                f"the chat template ends an answer with {ends!r}, here answers end with {eos!r}",
+                "state model.eos_token if that is not meant",
+            )
+        )
+    if completion_ids(tokenizer, answer)[-1] != end or tokenizer.pad_token_id == end:
+        found.append(
+            Finding("error", "answers do not end with eos, or pad is eos", "state model.eos_token and pad_token")
+        )
+    yield from found or [
+        Finding("ok", f"prompts open the assistant's turn, without thinking or today's date; answers end with {eos!r}")
+    ]
+    texts = [*SAMPLES, *(one.answer or "" for one in records[:100])]
+    lossy = [text for text in texts if _there_and_back(tokenizer, text) != text]
+    if lossy:
+        yield Finding(
+            "error",
+            f"{len(lossy)} of {len(texts)} texts come back from the tokenizer changed, first: {lossy[0][:60]!r}",
+            "try model.tokenizer_json=true, or take another model: the contest scores every character",
+        )
+    else:
+        yield Finding("ok", f"{len(texts)} texts come back from the tokenizer as they were")
+    if _reads_otherwise(tokenizer, texts):
+        yield Finding(
+            "error",
+            "transformers splits text otherwise than the model's tokenizer.json does",
+            "set model.tokenizer_json=true",
+        )
+
+
+def _there_and_back(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True))
+
+
+def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> bool:
+    from tokenizers import Tokenizer
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(tokenizer.name_or_path, "tokenizer.json")
+        raw = Tokenizer.from_file(str(path))
+    except Exception:  # none there, or one that the library cannot read: then nothing is to compare
+        return False
+    return any(
+        raw.encode(text, add_special_tokens=False).ids != list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in texts
+    )
+
+
+def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record]) -> Iterator[Finding]:
+    from malpyeong.prompts import build_messages, completion_ids, prompt_ids
+    from malpyeong.training import check_lengths
+
+    prompts = [len(prompt_ids(tokenizer, build_messages(record))) for record in records]
+    answers = [len(completion_ids(tokenizer, record.answer or "")) for record in records]
+    room = [recipe.training.max_completion_length] * len(records) if isinstance(recipe, GRPORecipe) else answers
+    limit = recipe.model.max_length
+    try:
+        check_lengths(records, [prompt + answer for prompt, answer in zip(prompts, room, strict=True)], limit)
+    except InputError as error:
+        yield Finding("error", error.message)
+    longest = max(answers)
+    text = f"longest prompt {max(prompts)} tokens, longest answer {longest}; model.max_length is {limit}"
+    if isinstance(recipe, GRPORecipe) and longest > recipe.training.max_completion_length:
+        yield Finding(
+            "warning",
+            f"{text}, training.max_completion_length {recipe.training.max_completion_length}",
+            f"raise it to {longest}: longer answers are cut off and earn nothing",
+        )
+    else:
+        yield Finding("ok", text)
+
+
+def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Iterator[Finding]:
+    """Load the model, sample groups of answers as GRPO would, and yield whether their rewards differ.
+
+    Raises:
+        InputError: the model, the adapter or a scorer cannot be loaded.
+    """
+    import torch
+
+    from malpyeong.model import load_for_training
+    from malpyeong.prompts import build_messages, prompt_ids
+    from malpyeong.rewards import REWARDS, load_models
+
+    training, weights = recipe.training, recipe.data.rewards
+    records = load_records(recipe.data.train, answers="gold")[:groups]
+    scorers = {f"{name}_model": model for name, model in load_models(weights, recipe.data.scorers).items()}
+    model, tokenizer = load_for_training(recipe.model, training.seed, training.gradient_checkpointing)
+    if torch.cuda.is_available() and not recipe.model.load_in_4bit:  # 4-bit weights are there already
+        model = model.to("cuda")
+    model.eval()
+    dead = 0
+    for record in records:
+        prompt = torch.tensor([prompt_ids(tokenizer, build_messages(record))], device=model.device)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=training.temperature,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=training.num_generations,
+                max_new_tokens=training.max_completion_length,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
+        references = [record.answer] * len(texts)
+        rewards = {
+            name: REWARDS[name](completions=texts, reference=references, **scorers)
+            for name, weight in weights.items()
+            if weight
+        }
+        if all(len(set(values)) == 1 for values in rewards.values()):
+            dead += 1
+        ranges = ", ".join(f"{name} {_range(values)}" for name, values in rewards.items())
+        yield Finding("ok", f'id "{record.id}": rewards of {len(texts)} answers: {ranges}')
+    if dead == len(records):
+        yield Finding(
+            "error",
+            f"in all {len(records)} sampled groups all answers earn the same: nothing can be learnt",
+            "raise training.temperature or training.num_generations, or start from an adapter that SFT has trained",
+        )
+    elif dead:
+        yield Finding(
+            "warning", f"in {dead} of {len(records)} groups all answers earn the same", "see training.temperature"
+        )
+
+
+def _range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{min(known):.2f}–{max(known):.2f}" if known else "does not apply"
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--quick", is_flag=True, help="Do not load the model.")
+def main(recipe_file: Path, overrides: tuple[str, ...], quick: bool) -> None:
+    """Look whether RECIPE will run, fit and learn. A recipe for GRPO is one that has data.rewards."""
+    prepare_environment()
+    try:
+        values = yaml.safe_load(recipe_file.read_text("utf-8"))
+        is_grpo = "rewards" in values["data"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        is_grpo = False  # load_recipe says what is wrong
+    recipe: AnyRecipe
+    if is_grpo:
+        recipe = load_recipe(recipe_file, overrides, GRPORecipe)
+    else:
+        recipe = load_recipe(recipe_file, overrides, SFTRecipe)
+    from malpyeong.model import check_adapter, choose_backend
+
+    backend = choose_backend(recipe.model)
+    if backend == "unsloth":
+        import unsloth  # noqa: F401 -- must come before trl, transformers and peft
+    errors = 0
+    findings = examine(recipe, backend)
+    for finding in findings:
+        click.echo(str(finding))
+        errors += finding.level == "error"
+    if not quick and not errors and isinstance(recipe, GRPORecipe):
+        if recipe.model.adapter:
+            check_adapter(recipe.model.adapter)
+        for finding in examine_groups(recipe, backend):
+            click.echo(str(finding))
+            errors += finding.level == "error"
+    if errors:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

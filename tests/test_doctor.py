@@ -1,0 +1,276 @@
+"""The doctor finds what would spoil a run, names the cure, and ends with the right exit code."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.doctor import SAMPLES, check, examine, examine_groups, examine_tokenizer
+from malpyeong.errors import InputError
+from malpyeong.export import export
+from malpyeong.guards import TrainingStoppedError, explain_out_of_memory, out_of_memory_text
+from malpyeong.model import (
+    check_vllm,
+    load_base,
+    load_for_prediction,
+    load_for_training,
+    load_tokenizer,
+    stop_at_eos,
+)
+from malpyeong.records import load_records, write_records
+from malpyeong.samples import DATA, TINY_BASE
+
+TRAIN = load_records(DATA / "train.json", answers="gold")[:40]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "자료 폴더"
+    folder.mkdir()
+    write_records(folder / "train.json", TRAIN)
+    return folder / "train.json"
+
+
+def sft(data, *overrides):
+    files = [f"data.train={data}", f"data.dev={data}"]
+    return load_recipe("recipes/tiny/sft.yaml", [*files, *overrides], SFTRecipe)
+
+
+def grpo(data, *overrides):
+    return load_recipe("recipes/tiny/grpo.yaml", [f"data.train={data}", "model.adapter=null", *overrides], GRPORecipe)
+
+
+def found(recipe, level):
+    return [str(finding) for finding in examine(recipe, "hf") if finding.level == level]
+
+
+def saved(tokenizer, folder, **changes):
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_tiny_recipes_are_well(data, capsys):
+    for recipe in (sft(data), grpo(data)):
+        assert found(recipe, "error") == []
+        assert found(recipe, "warning") == []
+        check(recipe, "hf")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.max_length=300"], "do not fit model.max_length=300"),
+        (["model.name=없음"], "cannot be loaded as a model"),
+        (["model.eos_token=<|fin|>"], "model.eos_token <|fin|> is not a token of this model; its special tokens: <|"),
+        (["data.rewards={bleurt: 1}", "data.scorers={bleurt: 없음}"], "data.scorers.bleurt: 없음"),
+    ],
+)
+def test_what_would_not_run_is_an_error_before_anything_is_loaded(overrides, message, data):
+    recipe = grpo(data, *overrides)
+    (error, *_) = found(recipe, "error")
+    assert message in error
+    with pytest.raises(InputError) as raised:
+        check(recipe, "hf")
+    assert message in raised.value.message
+
+
+def test_answers_longer_than_a_completion_may_be_are_a_warning(data):
+    (warning,) = found(grpo(data, "training.max_completion_length=40"), "warning")
+    assert "longest answer" in warning
+    assert "raise it to" in warning
+
+
+def test_a_card_that_is_too_small_is_named_with_the_lever(data):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here, and its own memory counts")
+    large = ("training.batch_size=256", "training.gradient_accumulation_steps=1", "model.max_length=2048")
+    (error,) = [text for text in found(grpo(data, "gpu=t4", *large), "error") if "estimated peak" in text]
+    assert "of 14.5" in error
+    assert "training.batch_size=" in error
+
+
+def test_a_full_disk_is_an_error(data, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+    (error,) = found(sft(data), "error")
+    assert "0.0 GiB free" in error
+    assert "training.output=" in error
+
+
+def messages_of(tokenizer, level):
+    return [str(finding) for finding in examine_tokenizer(tokenizer, TRAIN) if finding.level == level]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{{- '<|im_start|>assistant\\n' }}", "", "does not open the assistant's turn"),
+        ("message['content'] +", "message['content'][:20] +", "drops the instruction or the question"),
+        ("'<think>\\n\\n</think>\\n\\n'", "'<think>\\n'", "ends in an open <think>"),
+    ],
+)
+def test_a_chat_template_that_spoils_prompts_is_an_error(old, new, message):
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    assert messages_of(tokenizer, "error") == []
+    assert old in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    if not new:  # nothing at all is added where an answer begins
+        tokenizer.chat_template = tokenizer.chat_template.partition("{%- if add_generation_prompt %}")[0]
+    assert any(message in error for error in messages_of(tokenizer, "error"))
+
+
+def test_todays_date_is_frozen_when_a_tokenizer_is_loaded(tmp_path):
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    dated = "{%- if strftime_now is defined %}{{- 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}{%- endif %}"
+    tokenizer.chat_template = dated + tokenizer.chat_template
+    assert any("today's date" in error for error in messages_of(tokenizer, "error"))
+    tokenizer.save_pretrained(tmp_path / "dated")
+
+    frozen = load_tokenizer(str(tmp_path / "dated"))
+    assert messages_of(frozen, "error") == []
+    text = frozen.apply_chat_template([{"role": "user", "content": "물음"}], tokenize=False)
+    assert text.startswith("Today: 01 Jan 2025\n")
+    # It stays so in what is saved beside an adapter, and is not frozen twice.
+    frozen.save_pretrained(tmp_path / "adapter")
+    assert load_tokenizer(str(tmp_path / "adapter")).chat_template == frozen.chat_template
+
+
+def test_a_tokenizer_that_changes_text_is_an_error():
+    from tokenizers import normalizers
+
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()  # ㄹ becomes another character
+    (error,) = [text for text in messages_of(tokenizer, "error") if "changed" in text]
+    assert "model.tokenizer_json=true" in error
+    assert any("ㄹ" in text for text in SAMPLES)
+    assert any("樂" in text for text in SAMPLES)
+
+
+def test_the_models_own_tokenizer_json_is_read_where_transformers_has_another(tmp_path):
+    """As with A.X-4.0-Light: config.json says qwen2, whose tokenizer class brings a pre-tokenizer of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(["1234 5678 90123 " * 20, *(record.answer for record in TRAIN)], trainer)
+    raw.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    settings["chat_template"] = load_tokenizer(str(TINY_BASE)).chat_template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    text = "번호 1234 5678"
+    numbered = [record.with_answer(f"{record.answer} {text}") for record in TRAIN]
+    default = load_tokenizer(str(tmp_path), "<|im_end|>")
+    as_is = load_tokenizer(str(tmp_path), "<|im_end|>", tokenizer_json=True)
+    assert as_is(text)["input_ids"] == raw.encode(text).ids
+    assert default(text)["input_ids"] != raw.encode(text).ids, "transformers reads it right: the key can go"
+    errors = [finding for finding in examine_tokenizer(default, numbered) if finding.level == "error"]
+    assert [finding.cure for finding in errors] == ["set model.tokenizer_json=true"]
+    assert [finding for finding in examine_tokenizer(as_is, numbered) if finding.level != "ok"] == []
+    assert (as_is.eos_token, as_is.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    # A merged model's folder, with its own config.json, is read in the same way without being told.
+    as_is.save_pretrained(tmp_path / "merged")
+    shutil.copy(tmp_path / "config.json", tmp_path / "merged")
+    merged = load_tokenizer(str(tmp_path / "merged"))
+    assert (merged(text)["input_ids"], merged.eos_token) == (raw.encode(text).ids, "<|im_end|>")
+
+
+def test_generation_stops_at_the_stated_eos_and_at_the_models_own(tmp_path):
+    name = saved(
+        load_tokenizer(str(TINY_BASE)), tmp_path / "wrong", eos_token="<|endoftext|>", pad_token="<|im_start|>"
+    )
+    tokenizer = load_tokenizer(name)
+    (warning,) = [text for text in messages_of(tokenizer, "warning") if "ends an answer with" in text]
+    assert "model.eos_token" in warning
+    tokenizer = load_tokenizer(name, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    assert messages_of(tokenizer, "warning") == messages_of(tokenizer, "error") == []
+    model = load_base(str(TINY_BASE), torch.float32)
+    for named, expected in ((0, [2, 0]), (2, 2), ([5, 2], [2, 5]), (None, 2)):
+        model.generation_config.eos_token_id = named
+        stop_at_eos(model, tokenizer)
+        assert model.generation_config.eos_token_id == expected
+        assert model.generation_config.pad_token_id == 0
+
+
+def test_the_exported_model_stops_at_the_stated_eos(tmp_path):
+    """As with A.X-4.0-Light, whose own files name another token."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY_BASE, base)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((base / name).read_text("utf-8"))
+        (base / name).write_text(json.dumps({**settings, "eos_token_id": 0}), "utf-8")
+    saved(load_tokenizer(str(TINY_BASE)), base, eos_token="<|endoftext|>", pad_token="<|im_start|>")
+
+    overrides = [f"model.name={base}", "model.eos_token=<|im_end|>", "model.pad_token=<|endoftext|>"]
+    block = load_recipe("recipes/tiny/sft.yaml", overrides, SFTRecipe).model
+    model, tokenizer = load_for_training(block, 0, False)
+    assert model.generation_config.eos_token_id == [2, 0]
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+
+    export(tmp_path / "adapter", tmp_path / "merged", check=TRAIN[:1], max_new_tokens=8, dtype="float32")
+    settings = json.loads((tmp_path / "merged" / "generation_config.json").read_text("utf-8"))
+    assert (settings["eos_token_id"], settings["pad_token_id"]) == ([2, 0], 0)
+    _, merged = load_for_prediction(str(tmp_path / "merged"))
+    _, adapter = load_for_prediction(str(base), str(tmp_path / "adapter"))
+    assert merged.eos_token == adapter.eos_token == "<|im_end|>"
+
+
+def test_groups_are_sampled_and_dead_ones_found(data):
+    size = ("training.num_generations=4", "training.batch_size=4", "training.max_completion_length=8")
+    size += ("model.load_in_4bit=true", "training.gradient_checkpointing=true")  # as on a GPU
+    (first, second, verdict) = examine_groups(grpo(data, *size), "hf")
+    assert "rewards of 4 answers: format 0.00–0.00" in first.text
+    assert second.level == "ok"
+    assert verdict.level == "error"
+    assert "nothing can be learnt" in verdict.text
+
+
+def test_the_command_ends_with_1_for_an_error_and_2_for_bad_input(data, run_module, tmp_path):
+    files = (f"data.train={data}", f"data.dev={data}")
+    result = run_module("-m", "malpyeong.doctor", "recipes/tiny/sft.yaml", *files)
+    assert result.returncode == 0, result.stderr
+    assert all(line.startswith("ok ") for line in result.stdout.splitlines())
+    result = run_module("-m", "malpyeong.doctor", "recipes/tiny/sft.yaml", *files, "model.max_length=60")
+    assert result.returncode == 1
+    assert "error   " in result.stdout
+    for wrong in ("recipes/tiny/none.yaml", tmp_path):
+        result = run_module("-m", "malpyeong.doctor", wrong)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+    result = run_module("-m", "malpyeong.doctor", "recipes/tiny/sft.yaml", f"data.train={tmp_path / 'none.json'}")
+    assert result.returncode == 2
+    assert "none.json" in result.stderr
+
+
+def test_vllm_is_refused_with_a_cure_where_it_cannot_run(data):
+    recipe = grpo(data)
+    check_vllm(recipe.model, False)
+    with pytest.raises(InputError, match=r"leave training\.use_vllm out"):
+        check_vllm(recipe.model, True)
+    assert any("training.use_vllm" in error for error in found(grpo(data, "training.use_vllm=true"), "error"))
+
+
+def test_out_of_memory_names_the_peak_and_the_lever(data, monkeypatch):
+    recipe = load_recipe("recipes/qwen/grpo.yaml", ["gpu=24gb"], GRPORecipe)
+    text = out_of_memory_text(recipe, "hf", 22.5, 23.6)
+    assert "peak 22.5 GiB of 23.6" in text
+    assert "training." in text or "data.scorers.device=cpu" in text
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 4 * 2**30))
+    with pytest.raises(TrainingStoppedError, match=r"peak 3\.0 GiB of 4\.0"), explain_out_of_memory(recipe, "hf"):
+        raise torch.OutOfMemoryError
