@@ -225,7 +225,8 @@ REASON_I: REASON & ~/{_ANY}가 옳다{_ANY}/
 def close_reason(reason: str) -> str:
     """Cut off the end of a reason that is too long, repeats itself or stops within a sentence.
 
-    Nothing is added but a period. Of a loop the first round is kept; an unfinished sentence goes if another one stands before it.
+    Nothing is added but a period. Of a loop the first round is kept; an unfinished sentence goes if another one stands
+    before it.
     """
     while True:
         closed = reason[: MAX_REASON_CHARS - 1].strip()

@@ -236,11 +236,11 @@ def finish(text: str) -> str:
 class _Format:
     """The grammar compiled for one tokenizer, and the tokens that close an answer."""
 
-    def __init__(self, model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: ANN401 -- see the engine
+    def __init__(self, model: Any, tokenizer: Any) -> None:  # noqa: ANN401 -- see the engine
         import llguidance.hf
 
         ends = model.generation_config.eos_token_id
-        self.end: int = tokenizer.eos_token_id  # type: ignore[assignment] -- load_tokenizer made sure of it
+        self.end: int = tokenizer.eos_token_id
         self.ends = {self.end, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.tokenizer = tokenizer
         vocabulary = model.config.get_text_config().vocab_size
@@ -302,14 +302,13 @@ class _Row:
     def _closing(self) -> list[int]:
         """Return the tokens that close the sentence, [] if it cannot end here (behind a space, within a character)."""
         for closing in self.format.closings:
-            text = self._text() + self.format.tokenizer.decode(closing)
+            text = str(self.format.tokenizer.decode([*self.ids, *closing]))
             if _CLOSED_VERDICT.search(text) and self.matcher.validate_tokens(closing) == len(closing):
                 return list(closing)
         return []
 
     def _text(self) -> str:
-        text: str = self.format.tokenizer.decode(self.ids)
-        return text
+        return str(self.format.tokenizer.decode(self.ids))
 
 
 _HAS_VERDICT = re.compile(r'"[가이] 옳다\.')
