@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from malpyeong.answer import format_problem, subject_particle
+from malpyeong.answer import contest_split, format_problem, subject_particle
 from malpyeong.records import Record
 
 MAX_OPTIONS = 32  # more come of no question, only of slashes in a text about slashes
@@ -56,7 +56,7 @@ def verdicts(sentences: Sequence[str]) -> tuple[str, ...]:
         for joiner in ("혹은", "또는")
         if len(sentences) <= 4
     ]
-    return tuple(verdict for verdict in (*single, *pairs) if format_problem(f"{verdict} 이유다.") is None)
+    return tuple(verdict for verdict in (*single, *pairs) if _splits_after(verdict))
 
 
 def question_sentence(question: str) -> str:
@@ -88,6 +88,11 @@ def quoted_lines(question: str) -> list[str]:
         quoted = re.search(r"[\"“](.+)[\"”]", question, re.DOTALL)
         found = [quoted[1].strip()] if quoted else []
     return found
+
+
+def _splits_after(verdict: str) -> bool:
+    answer = f"{verdict} 이유다."
+    return format_problem(answer) is None and contest_split(answer)[1] == "이유다."
 
 
 def _tidy(sentence: str) -> str:
