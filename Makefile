@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format samples tiny-base bench-rewards sft-qwen grpo-qwen export-qwen submit-qwen clean
+.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-decoding sft-qwen grpo-qwen export-qwen submit-qwen clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
 
 bench-rewards: $(STAMP) ## scoring GRPO batches: pair by pair against ours
 	$(RUN) -m benchmarks.rewards
+
+bench-decoding: $(STAMP) ## free, constrained and voted answers of the tiny model (ADAPTERS="one per seed")
+	$(RUN) -m benchmarks.decoding $(ADAPTERS)
 
 # The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json.
 sft-qwen: $(STAMP) ## SFT of Qwen3-4B on DATA=folder with the contest's files (one GPU)

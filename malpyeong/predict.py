@@ -68,11 +68,9 @@ class Progress:
     def __init__(self, output: Path, made_of: dict[str, Any]) -> None:
         self.path = output.with_name(f".{output.name}.part.jsonl")
         self.answers: dict[str, str] = {}
+        self._made_of = made_of
         if self.path.exists():
             self._load(made_of)
-        self._file = self.path.open("a", encoding="utf-8")
-        if self._file.tell() == 0:
-            self._write(made_of)
 
     def _load(self, made_of: dict[str, Any]) -> None:
         data = self.path.read_bytes()
@@ -95,16 +93,13 @@ class Progress:
     def keep(self, record: Record, answer: str) -> None:
         """Write one answer down."""
         self.answers[record.id] = answer
-        self._write({"id": record.id, "answer": answer})
+        with self.path.open("a", encoding="utf-8") as file:
+            for item in ([] if file.tell() else [self._made_of]) + [{"id": record.id, "answer": answer}]:
+                file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
     def remove(self) -> None:
         """Delete the file: the output is there."""
-        self._file.close()
-        self.path.unlink()
-
-    def _write(self, item: dict[str, Any]) -> None:
-        self._file.write(json.dumps(item, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self.path.unlink(missing_ok=True)
 
 
 def model_digest(name: str) -> str:

@@ -252,6 +252,8 @@ def test_a_part_file_cut_anywhere_is_read(tmp_path):
     for record in GOLD[:3]:
         progress.keep(record, record.answer)
     data = progress.path.read_bytes()
+    assert list(Progress(tmp_path / "other.json", made_of).answers) == []
+    assert not (tmp_path / ".other.json.part.jsonl").exists()
     for cut in [0, 1, 25, *random.Random(0).sample(range(len(data)), 60), len(data)]:
         progress.path.write_bytes(data[:cut])
         again = Progress(tmp_path / "out.json", made_of)
@@ -290,8 +292,8 @@ _HEADER = """
 import json, sys
 from malpyeong import predict
 class Shown(predict.Progress):
-    def _write(self, item):
-        print(json.dumps(item, ensure_ascii=False)); sys.exit()
+    def keep(self, record, answer):
+        print(json.dumps(self._made_of, ensure_ascii=False)); sys.exit()
 predict.Progress = Shown
 predict.main(sys.argv[1:])
 """
