@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-ppl bench-decoding clean
+.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -55,7 +55,6 @@ samples: $(STAMP) ## rebuild malpyeong/samples/data from the item bank
 tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
 	$(RUN) recipes/tiny_base.py -o "$(RUNS)/tiny_base"
 
-.PHONY: bench-gpu
 bench-gpu: $(STAMP) ## GRPO on this GPU: Unsloth against plain TRL, memory limits (hours; goes on where it stopped)
 	$(RUN) -m benchmarks.gpu all
 
@@ -64,6 +63,9 @@ bench-rewards: $(STAMP) ## scoring GRPO batches: pair by pair against ours
 
 bench-ppl: $(STAMP) ## mining PPL labels: a forward for each pair against ours
 	$(RUN) -m benchmarks.ppl
+
+bench-decoding: $(STAMP) ## free, constrained and voted answers of the tiny model (ADAPTERS="one per seed")
+	$(RUN) -m benchmarks.decoding $(ADAPTERS)
 
 # The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json. Each recipes/NAME is a model: make sft-NAME,
 # grpo-NAME, export-NAME, submit-NAME. GPU=t4|24gb|40gb|80gb states the card, MODEL= another hub id or a folder with weights.

@@ -1,4 +1,4 @@
-"""The answer format, defined once: the prompt's instruction, the writer, two readers and the verdict.
+"""The answer format, defined once: the prompt's instruction, the writer, two readers, the verdict and the grammar.
 
 An answer is ``"{sentence}"가 옳다. {reason}``. Two readers are kept apart:
 
@@ -7,7 +7,9 @@ An answer is ``"{sentence}"가 옳다. {reason}``. Two readers are kept apart:
   nested quotes, two sentences, a missing quote. It serves repair, votes and reports, never a score.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 INSTRUCTION = (
@@ -25,6 +27,7 @@ _MARKER = re.compile(
 )
 _BARE_MARKER = re.compile(r"(?P<particle>[가이])\s+옳다")
 _JOINER = re.compile(rf"[{_CLOSE}]\s*(?P<word>혹은|또는)\s*[{_OPEN}]")
+_WHOLE_SENTENCES = re.compile(r".*[가-힣][.!?。…](?:[\"'”’)\]」』])*(?=\s)", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?。…](?:[\"'”’)\]」』])*\Z")
 
 # What no reason that means something looks like: ways to be paid for overlap without explaining anything.
@@ -121,7 +124,7 @@ def parse_answer(text: str) -> Answer:
 
     Never raises; a text without any verdict gives an :class:`Answer` with ``complete=False``.
     """
-    text = _unwrap(text)
+    text = unwrap(text)
     marker = _MARKER.search(text, 1)  # a quote at the very start opens, it does not close
     if marker is None:
         return _parse_without_quote(text)
@@ -173,6 +176,71 @@ def format_problem(text: str) -> str | None:
     return _reason_problem(reason)
 
 
+def answer_grammar(verdicts: Sequence[str] = ()) -> str:
+    """Return the format as a grammar for constrained decoding, in llguidance's dialect of Lark (& and ~ on terminals).
+
+    What it lets through has no :func:`format_problem`, but for what no such grammar can say: a reason that is too long,
+    that repeats itself or that is mostly loose jamo (:func:`close_reason` cuts those). Either particle may follow a
+    sentence. A space is never doubled, and control and direction characters do not occur.
+
+    Args:
+        verdicts: ``"문장"가 옳다.`` of the sentences to choose among; any sentence if empty.
+    """
+    if not verdicts:
+        return f"start: verdict_ga REASON | verdict_i REASON_I\n{_TERMINALS}"
+    alternatives = " | ".join(
+        f"{json.dumps(verdict, ensure_ascii=False)} {_reason_after(verdict)}" for verdict in verdicts
+    )
+    return f"start: {alternatives}\n{_TERMINALS}"
+
+
+def reason_grammar(verdict: str) -> str:
+    """Return the grammar (see :func:`answer_grammar`) of what follows a ``verdict``: a space and a reason."""
+    return f"start: {_reason_after(verdict)}\n{_TERMINALS}"
+
+
+def _reason_after(verdict: str) -> str:
+    return "REASON_I" if verdict.endswith("이 옳다.") else "REASON"
+
+
+# Few terminals with few conditions each. The particle that a sentence's last letter calls for could be said here too,
+# but is more than the library's default limits allow.
+_ANY = "(?s:.*)"
+_VISIBLE = r"[^\s\u{0}-\u{1f}\u{7f}-\u{9f}\u{200b}-\u{200f}\u{202a}-\u{202e}\u{2060}-\u{2069}\u{feff}\u{fffd}]"
+_TEXT = rf"{_VISIBLE}([ \u{{a0}}]?{_VISIBLE})*"
+_BROKEN = r"[\u{1100}-\u{1112}][\u{1161}-\u{1175}]"
+_MARKUP = r"<\/?think>|```"
+_OTHER_VERDICT = r"""["'”’“‘]\s?((으가|이)\s옳다|(으로|로)\s?(고쳐|바꾸어|바꿔)\s?(쓴다|써야\s?한다))"""
+_TERMINALS = rf"""
+verdict_ga[lazy]: VERDICT_GA
+verdict_i[lazy]: VERDICT_I
+VERDICT_GA: /"{_TEXT}"가 옳다[.]/ & ~/{_ANY}({_MARKUP}|가\s옳다{_ANY} 옳다|{_OTHER_VERDICT}{_ANY} 옳다){_ANY}/
+VERDICT_I: /"{_TEXT}"이 옳다[.]/ & ~/{_ANY}({_MARKUP}|[가이]\s옳다{_ANY} 옳다|{_OTHER_VERDICT}{_ANY} 옳다){_ANY}/
+REASON: / [^.,\s]([ \u{{a0}}]?{_VISIBLE})*[.!?。…]["'”’)\]」』]*/ & /{_ANY}[가-힣]{_ANY}/ & ~UNFIT
+UNFIT: /{_ANY}({_MARKUP}|{_BROKEN}){_ANY}/
+REASON_I: REASON & ~/{_ANY}가 옳다{_ANY}/
+"""
+
+
+def close_reason(reason: str) -> str:
+    """Cut off the end of a reason that is too long, repeats itself or stops within a sentence.
+
+    Nothing is added but a period. Of a loop the first round is kept; an unfinished sentence goes if another one stands
+    before it.
+    """
+    while True:
+        closed = reason[: MAX_REASON_CHARS - 1].strip()
+        loop = _REPEATED.search(closed)
+        if loop:
+            closed = closed[: loop.start() + len(loop[1] or loop[2])]
+        if not _SENTENCE_END.search(closed):
+            whole = _WHOLE_SENTENCES.match(closed)
+            closed = whole[0] if whole else closed.rstrip(" ,") + "."
+        if closed == reason:
+            return closed
+        reason = closed
+
+
 def _reason_problem(reason: str) -> str | None:
     if len(reason) > MAX_REASON_CHARS:
         return f"reason has more than {MAX_REASON_CHARS} characters"
@@ -188,7 +256,7 @@ def _reason_problem(reason: str) -> str | None:
     return None
 
 
-def _unwrap(text: str) -> str:
+def unwrap(text: str) -> str:
     """Drop thinking and a code fence around the answer."""
     kept, rest = "", text
     while True:

@@ -79,6 +79,7 @@ def export(
     """
     import torch
 
+    from malpyeong.engines import Decoding, TransformersEngine
     from malpyeong.model import (
         base_of_adapter,
         load_base,
@@ -105,7 +106,8 @@ def export(
         stop_at_eos(model, tokenizer)
         model = put_adapter(model, adapter).to("cuda" if torch.cuda.is_available() else "cpu").eval()
         prompts = [prompt_ids(tokenizer, build_messages(record)) for record in check]
-        answers = dict(predict(model, tokenizer, check, max_new_tokens=max_new_tokens))
+        decoding = Decoding(max_new_tokens=max_new_tokens)
+        answers = dict(predict(TransformersEngine(model, tokenizer, decoding), check))
         texts = [prompt + completion_ids(tokenizer, answers[place]) for place, prompt in enumerate(prompts)]
         logits = _logits(model, texts)
         merged = model.merge_and_unload(safe_merge=True)
@@ -122,7 +124,7 @@ def export(
         parity = Parity(
             max_logit_diff=max(float((a - b).abs().max()) for a, b in pairs),
             top_token_agreement=float(agreement.float().mean()),
-            same_answers=answers == dict(predict(reloaded, tokenizer, check, max_new_tokens=max_new_tokens)),
+            same_answers=answers == dict(predict(TransformersEngine(reloaded, tokenizer, decoding), check)),
             records=len(check),
             dtype=name,
         )

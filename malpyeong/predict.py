@@ -1,50 +1,156 @@
-"""Answer every question of a file: ``python -m malpyeong.predict MODEL QUESTIONS -o PRED``."""
+"""Answer every question of a file: ``python -m malpyeong.predict MODEL QUESTIONS -o PRED``.
 
-from collections.abc import Iterator, Sequence
+Every finished answer is kept beside the output in ``.NAME.part.jsonl``; the same command goes on from there after a
+crash or a kill, to the same file. What is written is repaired last (``malpyeong.repair``).
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from malpyeong.answer import format_problem
+from malpyeong.consensus import ReasonScore, choose, rouge_score
 from malpyeong.errors import InputError
-from malpyeong.files import check_writable
+from malpyeong.files import check_writable, digest
 from malpyeong.records import Record, load_records, write_records
+from malpyeong.repair import repair
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from malpyeong.engines import Decoding, Engine
 
 
 def predict(
-    model: Any,  # noqa: ANN401 -- a transformers or PEFT model
-    tokenizer: "PreTrainedTokenizerBase",
+    engine: "Engine",
     records: Sequence[Record],
     batch_size: int = 16,
-    max_new_tokens: int = 512,
+    done: Collection[int] = (),
+    score: ReasonScore = rouge_score,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (position, answer) for every record, greedily decoded, longest prompts first.
+    """Yield (position, answer) for every record, longest prompts first.
 
-    Prompts are padded on the left within a batch; answers come as generated, without the end-of-turn token.
+    Batches are fixed before anything is skipped, because what else is in a batch can decide near ties: an interrupted
+    run goes on to the answers of an uninterrupted one.
+
+    Args:
+        engine: see ``malpyeong.engines``.
+        records: the questions.
+        batch_size: answers that are generated at once; a record with n samples counts n times.
+        done: positions that are not needed again; a batch is skipped if all of its records are done.
+        score: of reasons, to choose among samples with (see :func:`malpyeong.consensus.choose`).
     """
-    import torch
+    prompts = engine.prompts(records)
+    order = sorted(range(len(records)), key=lambda place: -len(prompts[place]))
+    size = max(1, batch_size // engine.decoding.samples)
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        if all(place in done for place in places):
+            continue
+        answers = engine.answers([records[place] for place in places])
+        yield from ((place, choose(samples, score)) for place, samples in zip(places, answers, strict=True))
 
-    from malpyeong.prompts import build_messages, prompt_ids
 
-    prompts = [prompt_ids(tokenizer, build_messages(record)) for record in records]
-    order = sorted(range(len(records)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        batch = tokenizer.pad(
-            {"input_ids": [prompts[place] for place in places]}, return_tensors="pt", padding_side="left"
-        ).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(
-                **batch,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
+class Progress:
+    """The answers of an unfinished prediction, in a file beside the output.
+
+    Its first line says what the answers are made of, each other line holds one record's. A line that was cut off by a
+    kill is dropped.
+
+    Raises:
+        InputError: the file holds answers that were made of something else.
+    """
+
+    def __init__(self, output: Path, made_of: dict[str, Any]) -> None:
+        self.path = output.with_name(f".{output.name}.part.jsonl")
+        self.answers: dict[str, str] = {}
+        self._made_of = made_of
+        if self.path.exists():
+            self._load(made_of)
+
+    def _load(self, made_of: dict[str, Any]) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            header, *lines = [json.loads(line) for line in whole.splitlines()] or [made_of]
+            self.answers = {line["id"]: line["answer"] for line in lines}
+            differing = [key for key in made_of if header.get(key) != made_of[key]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{self.path}: is damaged; remove it to start again") from None
+        if differing:
+            raise InputError(
+                f"{self.path}: holds the answers of an unfinished run with another {', '.join(differing)}; "
+                "go on with the same command, or remove the file to start again"
             )
-        completions = output[:, batch["input_ids"].shape[1] :]
-        yield from zip(places, tokenizer.batch_decode(completions, skip_special_tokens=True), strict=True)
+        if len(whole) < len(data):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+
+    def keep(self, record: Record, answer: str) -> None:
+        """Write one answer down."""
+        self.answers[record.id] = answer
+        with self.path.open("a", encoding="utf-8") as file:
+            for item in ([] if file.tell() else [self._made_of]) + [{"id": record.id, "answer": answer}]:
+                file.write(json.dumps(item, ensure_ascii=False) + "\n")
+
+    def remove(self) -> None:
+        """Delete the file: the output is there."""
+        self.path.unlink(missing_ok=True)
+
+
+def model_digest(name: str) -> str:
+    """Return the SHA-256 over a model or adapter folder's files, or the name of what is no folder here (a hub id)."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    parts = [f"{path.name} {digest(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def repaired(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
+    """Return records with mended answers, and how often each kind of repair was made."""
+    counts: Counter[str] = Counter()
+    mended = []
+    for record in records:
+        answer, kinds = repair(record.answer or "")
+        counts.update(kinds)
+        mended.append(record.with_answer(answer))
+    return mended, counts
+
+
+def _engine(
+    name: str, model: str, adapter: str | None, dtype: str, load_in_4bit: bool, decoding: "Decoding"
+) -> "Engine":
+    from malpyeong.engines import TransformersEngine, VLLMEngine
+
+    if name == "vllm":
+        if load_in_4bit:
+            raise InputError("--load-in-4bit goes with the transformers engine; leave one of the two out")
+        return VLLMEngine(model, adapter, dtype, decoding)
+    from malpyeong.model import load_for_prediction
+
+    return TransformersEngine(*load_for_prediction(model, adapter, dtype, load_in_4bit), decoding)
+
+
+def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
+    """Return the mean of ROUGE-1 and of the scores whose models are named."""
+    from malpyeong.evaluate import load_scorers
+
+    metrics = [name for name, model in (("bertscore", bertscore), ("bleurt", bleurt)) if model]
+    scorers, missing = load_scorers(metrics, bertscore, bleurt, "auto")
+    for message in missing.values():
+        raise InputError(message)
+
+    def mean(candidates: Sequence[str], references: Sequence[str]) -> list[float]:
+        columns = [rouge_score(candidates, references)]
+        columns += [list(scorer.score(candidates, references)) for scorer in scorers.values()]
+        return [sum(row) / len(row) for row in zip(*columns, strict=True)]
+
+    return mean
 
 
 @click.command()
@@ -61,6 +167,27 @@ def predict(
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
 )
 @click.option("--load-in-4bit", is_flag=True, help="Hold MODEL in 4-bit NF4.")
+@click.option(
+    "--decoding",
+    "decoding_name",
+    default="constrained",
+    show_default=True,
+    type=click.Choice(["constrained", "free"]),
+    help="constrained: well-formed answers, and one of the options where a question offers some.",
+)
+@click.option(
+    "--samples",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Answers per record; the sentence most agree on wins, with the reason nearest to the others'.",
+)
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option("--seed", default=0, show_default=True, help="Of the samples.")
+@click.option("--bertscore-model", help="Hub id or folder: compare samples' reasons by BERTScore too.")
+@click.option("--bleurt-model", help="Hub id or folder: compare samples' reasons by BLEURT too.")
+@click.option("--engine", "engine_name", default="transformers", type=click.Choice(["transformers", "vllm"]))
+@click.option("--no-repair", is_flag=True, help="Write the answers as the model gave them.")
 def main(
     model: str,
     questions: Path,
@@ -70,24 +197,58 @@ def main(
     max_new_tokens: int,
     dtype: str,
     load_in_4bit: bool,
+    decoding_name: str,
+    samples: int,
+    temperature: float,
+    seed: int,
+    bertscore_model: str | None,
+    bleurt_model: str | None,
+    engine_name: str,
+    no_repair: bool,
 ) -> None:
-    """Answer QUESTIONS (a contest file) with MODEL (a folder or hub id), greedily."""
+    """Answer QUESTIONS (a contest file) with MODEL (a folder or hub id).
+
+    A run that was killed goes on where it stopped when the same command is given again.
+    """
     records = load_records(questions)
     if output.exists() and output.samefile(questions):
         raise InputError(f"{output}: would overwrite the questions; choose another name")
     check_writable(output)
     from tqdm import tqdm
 
-    from malpyeong.model import load_for_prediction
+    from malpyeong.engines import Decoding
 
-    loaded, tokenizer = load_for_prediction(model, adapter, dtype, load_in_4bit)
-    answers = [""] * len(records)
-    with tqdm(total=len(records), desc="predict", unit="record") as progress:
-        for place, answer in predict(loaded, tokenizer, records, batch_size, max_new_tokens):
-            answers[place] = answer
-            progress.update()
-    write_records(output, [record.with_answer(text) for record, text in zip(records, answers, strict=True)])
-    click.echo(f"{output}: {len(records)} answers")
+    decoding = Decoding(decoding_name == "constrained", samples, temperature, seed, max_new_tokens)
+    made_of = {
+        "questions": digest(questions),
+        "model": model_digest(model),
+        "adapter": adapter and model_digest(adapter),
+        "settings": {
+            **asdict(decoding),
+            **{"batch_size": batch_size, "dtype": dtype, "load_in_4bit": load_in_4bit, "engine": engine_name},
+            **{"bertscore_model": bertscore_model, "bleurt_model": bleurt_model},
+        },
+    }
+    progress = Progress(output, made_of)
+    done = {place for place, record in enumerate(records) if record.id in progress.answers}
+    if len(done) < len(records):
+        if done:
+            click.echo(f"going on from {progress.path}: {len(done)} of {len(records)} answers are there")
+        engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding)
+        score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
+        with tqdm(total=len(records), initial=len(done), desc="predict", unit="record") as bar:
+            for place, answer in predict(engine, records, batch_size, done, score):
+                progress.keep(records[place], answer)
+                bar.update(place not in done)
+    answered = [record.with_answer(progress.answers[record.id]) for record in records]
+    if not no_repair:
+        answered, counts = repaired(answered)
+        for kind, count in counts.most_common():
+            click.echo(f"repaired: {kind}: {count}")
+    write_records(output, answered)
+    progress.remove()
+    well_formed = sum(format_problem(record.answer or "") is None for record in answered)
+    click.echo(f"{output}: {len(records)} answers, {well_formed} well formed")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from benchmarks.random_scorers import make_bleurt, make_encoder
 from malpyeong.answer import contest_split
 from malpyeong.config import GRPORecipe, load_recipe
+from malpyeong.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.export import export
 from malpyeong.model import load_base, load_for_prediction, load_for_training, load_tokenizer
@@ -419,9 +420,8 @@ def test_the_merged_model_is_the_adapter_model(dequantised, grpo_run, tmp_path):
     model, tokenizer = load_for_prediction(str(tmp_path / "병합"))
     original, _ = load_for_prediction(str(TINY_BASE), str(grpo_run / "adapter"))
     if not dequantised:
-        assert dict(predict(model, tokenizer, questions, max_new_tokens=160)) == dict(
-            predict(original, tokenizer, questions, max_new_tokens=160)
-        )
+        merged, adapted = (TransformersEngine(it, tokenizer, Decoding(max_new_tokens=160)) for it in (model, original))
+        assert dict(predict(merged, questions)) == dict(predict(adapted, questions))
     assert tokenizer.chat_template == load_tokenizer(str(TINY_BASE)).chat_template
 
 
@@ -446,8 +446,8 @@ def test_export_refuses_what_is_no_adapter_and_what_exists(grpo_run, tmp_path, r
 def test_batched_prediction_does_not_depend_on_the_batch(sft_run):
     model, tokenizer = load_for_prediction(str(TINY_BASE), str(sft_run / "adapter"))
     questions = load_records(DATA / "test_questions.json")[:7]
-    alone = dict(predict(model, tokenizer, questions, batch_size=1, max_new_tokens=120))
-    together = dict(predict(model, tokenizer, questions, batch_size=7, max_new_tokens=120))
+    engine = TransformersEngine(model, tokenizer, Decoding(max_new_tokens=120))
+    alone, together = (dict(predict(engine, questions, batch_size)) for batch_size in (1, 7))
     assert alone == together
 
 

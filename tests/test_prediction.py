@@ -1,0 +1,299 @@
+"""Constrained decoding, samples and resume, on real models: the sample base (untrained for this) and a random one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from malpyeong.answer import answer_grammar, close_reason, format_problem, parse_answer, reason_grammar, write_answer
+from malpyeong.consensus import choose
+from malpyeong.engines import MIN_CONSTRAINED_TOKENS, Decoding, TransformersEngine, VLLMEngine, finish
+from malpyeong.errors import InputError
+from malpyeong.model import load_for_prediction
+from malpyeong.options import options, verdicts
+from malpyeong.predict import Progress, predict
+from malpyeong.records import load_records, write_records
+from malpyeong.samples import DATA, TINY_BASE
+from tests.conftest import ROOT
+
+GOLD = load_records(DATA / "test.json", "gold")
+QUESTIONS = [record for record in GOLD if record.question_type == "선택형"][:4] + [
+    record for record in GOLD if record.question_type == "교정형"
+][:4]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_for_prediction(str(TINY_BASE), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A random model over a byte-level BPE tokenizer of the kind that Qwen, Kanana and others have."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1_500,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((f"{record.question} {record.answer}" for record in GOLD), trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    wrapped.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    torch.manual_seed(0)
+    # Padded beyond the tokenizer's size, as real models are.
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=1_536, num_key_value_heads=1, head_dim=16, eos_token_id=1, pad_token_id=0, **shape)
+    return Qwen3ForCausalLM(config).eval(), wrapped
+
+
+def matcher(loaded, grammar):
+    import llguidance.hf
+
+    model, tokenizer = loaded
+    compiled = llguidance.LLMatcher(llguidance.hf.from_tokenizer(tokenizer, n_vocab=model.config.vocab_size), grammar)
+    assert compiled.get_error() == ""
+    return compiled
+
+
+def accepts(loaded, compiled, text):
+    ids = loaded[1](text, add_special_tokens=False)["input_ids"]
+    fresh = compiled.deep_copy()
+    return fresh.try_consume_tokens(ids) == len(ids) and fresh.is_accepting()
+
+
+@pytest.mark.parametrize("name", ["tiny", "bpe"])
+def test_the_grammar_takes_every_gold_answer(name, request):
+    loaded = request.getfixturevalue(name)
+    whole = matcher(loaded, answer_grammar())
+    assert [record.answer for record in GOLD if not accepts(loaded, whole, record.answer)] == []
+    for record in GOLD[:40]:
+        offered = verdicts(options(record))
+        if offered:
+            assert accepts(loaded, matcher(loaded, answer_grammar(offered)), record.answer)
+            verdict = next(it for it in offered if record.answer.startswith(it))
+            assert accepts(loaded, matcher(loaded, reason_grammar(verdict)), record.answer.removeprefix(verdict))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            '"가."가 옳다.',
+            '"가."가 옳다. ',
+            '"가."가 옳다. 이유다',
+            '"가."가 옳다.\n이유다.',
+            '"가."가 옳다.  이유다.',
+        ),
+        *("“가.”가 옳다. 이유다.", '정답: "가."가 옳다. 이유다.', ' "가."가 옳다. 이유다.', '"가. "가 옳다. 이유다.'),
+        *('""가 옳다. 이유다.', '"가."으가 옳다. 이유다.', '"가."로 고쳐 쓴다. 이유다.', '"가."가 옳다. .'),
+        *(
+            "\"감.\"이 옳다. '나'가 옳다.",
+            '"네가 옳다고 했다."가 옳다. 이유다.',
+            '<think></think>"가."가 옳다. 이유다.',
+        ),
+        *('"가."가 옳다. ```이유다.', '"\u202e가."가 옳다. 이유다.', '"가."가 옳다. \u1100\u1161다.'),
+    ],
+)
+def test_the_grammar_refuses_what_has_a_problem(text, bpe):
+    assert not accepts(bpe, matcher(bpe, answer_grammar()), text)
+
+
+@pytest.mark.parametrize("name", ["tiny", "bpe"])
+def test_constrained_answers_are_well_formed_whatever_the_model(name, request):
+    """Drawn hot, so that the models ramble; the shortest limit that is allowed; a batch of both question types."""
+    engine = TransformersEngine(
+        *request.getfixturevalue(name), Decoding(True, 4, temperature=1.5, max_new_tokens=MIN_CONSTRAINED_TOKENS)
+    )
+    for record, answers in zip(QUESTIONS, engine.answers(QUESTIONS), strict=True):
+        assert len(answers) == 4
+        for answer in answers:
+            assert format_problem(answer) is None, answer
+            if options(record):
+                assert set(parse_answer(answer).sentences) <= set(options(record))
+
+
+def test_the_likelihood_is_the_models(tiny):
+    """One pass with a shared cache against one plain forward pass per candidate."""
+    model, _ = tiny
+    engine = TransformersEngine(*tiny)
+    [prompt] = engine.prompts(QUESTIONS[:1])
+    candidates = verdicts(options(QUESTIONS[0]))
+    scores = engine.log_likelihoods(prompt, candidates)
+    for candidate, score in zip(candidates, scores, strict=True):
+        ids = tiny[1](candidate, add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        expected = sum(float(logits[len(prompt) - 1 + place, token]) for place, token in enumerate(ids))
+        assert score == pytest.approx(expected, abs=1e-3)
+    assert engine.likeliest(prompt, candidates) == candidates[scores.index(max(scores))]
+
+
+def test_samples_depend_on_the_record_and_not_on_the_batch(tiny):
+    decoding = Decoding(samples=3, temperature=1.0, max_new_tokens=24)
+    engine = TransformersEngine(*tiny, decoding)
+    together = engine.answers(QUESTIONS[:3])
+    assert together == [engine.answers([record])[0] for record in QUESTIONS[:3]]
+    greedy = TransformersEngine(*tiny, Decoding(max_new_tokens=24)).answers(QUESTIONS[:3])
+    assert [answers[0] for answers in together] == [answers[0] for answers in greedy]
+    assert any(len(set(answers)) > 1 for answers in together)
+    other = TransformersEngine(*tiny, Decoding(samples=3, temperature=1.0, seed=1, max_new_tokens=24))
+    assert other.answers(QUESTIONS[:3]) != together
+
+
+def test_the_vote():
+    near, far = "의존 명사는 앞말과 띄어 쓴다.", "이것은 아주 다른 이야기이다."
+    a = [write_answer("갑이다.", reason) for reason in (far, near, near)]
+    b = [write_answer("을이다.", reason) for reason in (near, near)]
+    assert choose([*b, *a]) == a[1]
+    assert choose([*a[:2], *b]) == a[0]  # a tie goes to the earlier sentence, and to the earlier reason
+    assert choose(["모르겠다.", "모르겠다.", a[0]]) == a[0]  # what is malformed has no vote
+    assert choose(["모르겠다.", "음", "음"]) == "음"
+    assert choose(["음"]) == "음"
+    with pytest.raises(ValueError, match="no answers"):
+        choose([])
+
+
+@pytest.mark.parametrize(
+    ("reason", "closed"),
+    [
+        ("이유다. 그러므로", "이유다."),
+        ("이유는 의존 명", "이유는 의존 명."),
+        ("이유다.", "이유다."),
+        ("앞말과 띄어 띄어 띄어 띄어 쓴다.", "앞말과 띄어."),
+        ("꼬꼬꼬꼬꼬꼬꼬꼬", "꼬."),
+        ("가나 " * 400, "가나."),
+    ],
+)
+def test_close_reason(reason, closed):
+    assert close_reason(reason) == closed
+    assert close_reason(closed) == closed
+
+
+def test_finish_sets_the_particle():
+    assert finish("\"감.\"가 옳다. '나'가 옳다.") == "\"감.\"이 옳다. '나'가 맞다."
+    assert finish('"가게에 갔') == '"가게에 갔'
+
+
+def test_what_cannot_be_asked_for():
+    with pytest.raises(InputError, match="need room"):
+        Decoding(constrained=True, max_new_tokens=10)
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match="vLLM is not installed"):
+            VLLMEngine(str(TINY_BASE), None, "auto", Decoding())
+    with pytest.raises(InputError, match="transformers engine"):
+        VLLMEngine(str(TINY_BASE), None, "auto", Decoding(samples=2))
+
+
+def test_done_batches_are_skipped_and_others_kept_whole(tiny):
+    engine = TransformersEngine(*tiny, Decoding(max_new_tokens=4))
+    every = list(predict(engine, QUESTIONS, batch_size=3))
+    first, second = dict(every[:3]), dict(every[3:6])
+    assert sorted(place for place, _ in every) == list(range(len(QUESTIONS)))
+    rest = list(predict(engine, QUESTIONS, batch_size=3, done={*first, next(iter(second))}))
+    assert rest == every[3:]  # a batch that was cut off is answered again, whole
+
+
+COMMAND = ("-m", "malpyeong.predict", TINY_BASE, "QUESTIONS", "--batch-size", "2", "--max-new-tokens", "64", "-o")
+
+
+@pytest.fixture
+def command(tmp_path):
+    questions = tmp_path / "질문 파일.json"
+    write_records(questions, GOLD[:12])
+    return [str(questions) if word == "QUESTIONS" else str(word) for word in COMMAND]
+
+
+def test_a_killed_prediction_goes_on_to_the_same_file(command, run_module, tmp_path):
+    whole, output = tmp_path / "whole.json", tmp_path / "답 파일.json"
+    assert run_module(*command, whole).returncode == 0
+    part = tmp_path / ".답 파일.json.part.jsonl"
+    for answers in (1, 7):
+        process = subprocess.Popen(
+            [sys.executable, *command, output], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < 1 + answers):
+            time.sleep(0.005)
+        assert process.poll() is None, "finished before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not output.exists()
+    with part.open("ab") as file:
+        file.write('{"id": "1", "answer": "\\"가'.encode())
+    refused = run_module(*command, output, "--seed", "1")
+    assert refused.returncode == 2
+    assert "another settings" in refused.stderr
+    assert "remove the file" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    result = run_module(*command, output)
+    assert result.returncode == 0, result.stderr
+    assert "going on from" in result.stdout
+    assert output.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+
+
+def test_a_part_file_cut_anywhere_is_read(tmp_path):
+    made_of = {"questions": "abc"}
+    progress = Progress(tmp_path / "out.json", made_of)
+    for record in GOLD[:3]:
+        progress.keep(record, record.answer)
+    data = progress.path.read_bytes()
+    assert list(Progress(tmp_path / "other.json", made_of).answers) == []
+    assert not (tmp_path / ".other.json.part.jsonl").exists()
+    for cut in [0, 1, 25, *random.Random(0).sample(range(len(data)), 60), len(data)]:
+        progress.path.write_bytes(data[:cut])
+        again = Progress(tmp_path / "out.json", made_of)
+        assert list(again.answers) == [record.id for record in GOLD[: max(0, data[:cut].count(b"\n") - 1)]]
+        for record in GOLD[:3]:
+            again.keep(record, record.answer)
+        assert Progress(tmp_path / "out.json", made_of).answers == {record.id: record.answer for record in GOLD[:3]}
+    with pytest.raises(InputError, match="another questions"):
+        Progress(tmp_path / "out.json", {"questions": "other"})
+    progress.path.write_text("[]\n3\n", encoding="utf-8")
+    with pytest.raises(InputError, match="damaged"):
+        Progress(tmp_path / "out.json", made_of)
+
+
+def test_repairs_are_counted_and_can_be_left_out(run_module, tmp_path, command):
+    """The part file of a whole run is enough: what is left is to repair and write."""
+    output = tmp_path / "out.json"
+    assert run_module(*command, output, "--decoding", "free").returncode == 0
+    assert not list(tmp_path.glob(".*"))
+    process = run_module("-c", _HEADER, *command[2:], output, "--decoding", "free")
+    assert process.returncode == 0, process.stderr
+    part = tmp_path / ".out.json.part.jsonl"
+    lines = [json.dumps({"id": record.id, "answer": f"정답: {record.answer}"}) for record in GOLD[:12]]
+    part.write_text(process.stdout.splitlines()[-1] + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    kept = part.read_bytes()
+    result = run_module(*command, output, "--decoding", "free")
+    assert "repaired: text before: 12" in result.stdout, result.stderr
+    assert [record.answer for record in load_records(output)] == [record.answer for record in GOLD[:12]]
+    part.write_bytes(kept)
+    assert run_module(*command, output, "--decoding", "free", "--no-repair").returncode == 0
+    assert [record.answer for record in load_records(output)] == [f"정답: {record.answer}" for record in GOLD[:12]]
+
+
+# Prints the header that the command would write, by stopping it at the first answer.
+_HEADER = """
+import json, sys
+from malpyeong import predict
+class Shown(predict.Progress):
+    def keep(self, record, answer):
+        print(json.dumps(self._made_of, ensure_ascii=False)); sys.exit()
+predict.Progress = Shown
+predict.main(sys.argv[1:])
+"""
