@@ -38,10 +38,11 @@ class ModelBlock(Block):
 
 
 class SFTData(Block):
-    """Files of the SFT stage."""
+    """Files of the SFT stage. ``context``: rules and solved examples for both files (``malpyeong.retrieval search``)."""
 
     train: str
     dev: str
+    context: str | None = None
 
 
 class SFTTraining(Block):
@@ -74,9 +75,11 @@ class ScorersBlock(Block):
 
 
 class GRPOData(Block):
-    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``)."""
+    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``). ``context``: rules and solved
+    examples for the prompts (``malpyeong.retrieval search``)."""
 
     train: str
+    context: str | None = None
     rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     scorers: ScorersBlock | None = None
 

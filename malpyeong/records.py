@@ -81,7 +81,7 @@ def load_records(path: str | Path, answers: Answers = "none") -> list[Record]:
     records: list[Record] = []
     seen: dict[str, str] = {}
     for where, item in _json_objects(path, read_text(path, "a JSON list of records or JSONL")):
-        record = _check(f"{path}: {where}", item, answers)
+        record = record_from_json(f"{path}: {where}", item, answers)
         if record.id in seen:
             raise InputError(f'{path}: {where}: id "{record.id}" is already used by {seen[record.id]}; make ids unique')
         seen[record.id] = where
@@ -172,7 +172,12 @@ def _json_objects(path: Path, text: str) -> list[tuple[str, Any]]:
     return [(f"line {number}", parse_json(f"{path}: line {number}", line)) for number, line in lines]
 
 
-def _check(where: str, item: Any, answers: Answers) -> Record:  # noqa: ANN401 -- JSON is Any
+def record_from_json(where: str, item: Any, answers: Answers) -> Record:  # noqa: ANN401 -- JSON is Any
+    """Check one JSON object of a contest file; see :func:`load_records`.
+
+    Raises:
+        InputError: begins with ``where`` and names the defect.
+    """
     if not isinstance(item, dict):
         raise InputError(f'{where}: is {_kind(item)}; expected an object {{"id": …, "input": …}}')
     if "id" not in item:
