@@ -38,7 +38,7 @@ class ModelBlock(Block):
 
 
 class SFTData(Block):
-    """Files of the SFT stage. ``context``: rules and solved examples for both files (``malpyeong.retrieval search``)."""
+    """Files of the SFT stage. ``context``: rules and examples for both files (``malpyeong.retrieval search``)."""
 
     train: str
     dev: str

@@ -9,8 +9,8 @@ import click
 
 from malpyeong.context import write_contexts
 from malpyeong.errors import InputError, printable
-from malpyeong.files import check_writable, read_text
-from malpyeong.records import Record, load_records, parse_json
+from malpyeong.files import check_writable
+from malpyeong.records import Record, load_records
 from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents, rule_documents
 from malpyeong.rules import load_rule_book
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from malpyeong.retrieval.neural import Dense, Reranker
 
 _PATH = click.Path(path_type=Path)
-_LABELS = 'an object like {"1": "한글 맞춤법 제41항"} or {"1": {"rule": "한글 맞춤법 제41항"}}'
 
 
 @click.group()
@@ -96,16 +95,15 @@ def evaluate(
     """
     if rule_book is None and solved is None:
         raise InputError("nothing to search in; name --rules or --examples")
-    from malpyeong.retrieval.evaluate import evaluate_examples, evaluate_rules, markdown, methods
+    from malpyeong.retrieval.evaluate import evaluate_examples, evaluate_rules, load_labels, markdown, methods
 
     splits = {str(path): load_records(path, answers="gold") for path in questions}
     labels = load_labels(label_file)
     rules = load_rule_book(rule_book) if rule_book else []
     examples = load_records(solved, answers="gold") if solved else []
     if rules:
-        _check_labels(
-            label_file, labels, [record for records in splits.values() for record in records], rule_book, rules
-        )
+        for records in splits.values():
+            _check_labels(label_file, labels, records, {rule.id for rule in rules})
     model = _reranker(reranker)
     report: dict[str, dict[str, Any]] = {name: {} for name in splits}
     if rules:
@@ -134,32 +132,14 @@ def evaluate(
             click.echo(f"\n{printable(name)}: {len(splits[name])} questions, {sizes[kind]}\n\n{markdown(table)}")
 
 
-def load_labels(path: Path) -> dict[str, str]:
-    """Read a JSON object of record id → rule id, or → an object with a ``rule``.
-
-    Raises:
-        InputError: it cannot be read or is of another form.
-    """
-    values = parse_json(str(path), read_text(path, _LABELS))
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected {_LABELS}")
-    labels = {}
-    for id_, value in values.items():
-        rule = value.get("rule") if isinstance(value, dict) else value
-        if not isinstance(rule, str):
-            raise InputError(f'{path}: id "{printable(id_, 40)}" has no rule; expected {_LABELS}')
-        labels[id_] = rule
-    return labels
-
-
 def _check_labels(path: Path, labels: dict[str, str], records: list[Record], rules: set[str]) -> None:
     for record in records:
         if record.id not in labels:
             raise InputError(f'{path}: has no label for id "{printable(record.id, 40)}"; label every question')
         if labels[record.id] not in rules:
             raise InputError(
-                f'{path}: id "{printable(record.id, 40)}" is labelled "{printable(labels[record.id], 60)}", which is no '
-                "id of the rule book; ids must be the same to the letter"
+                f'{path}: id "{printable(record.id, 40)}" is labelled "{printable(labels[record.id], 60)}", which the '
+                "rule book does not have; ids must be the same to the letter"
             )
 
 
