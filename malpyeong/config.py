@@ -133,6 +133,43 @@ class GRPOTraining(Block):
         return self
 
 
+class EncoderBlock(Block):
+    """The model that becomes a text encoder: a sentence-transformers model, or any other with mean pooling over it.
+    Without ``lora`` all weights are trained."""
+
+    name: str
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    max_length: int = Field(gt=0)
+    lora: LoraBlock | None = None
+
+
+class RetrieverData(Block):
+    """Questions, the rule of each (record id → rule id), the rule book, and how many hard negatives a question gets:
+    the rules other than its own that BM25 ranks first."""
+
+    train: str
+    labels: str
+    rules: str
+    negatives: int = Field(ge=0)
+
+
+class RetrieverTraining(Block):
+    """How the dual encoder trains. ``scale`` multiplies the cosine in the softmax over a batch's rules."""
+
+    output: str
+    seed: int
+    epochs: float = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    batch_size: int = Field(ge=2)
+    scale: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    optim: str
+    logging_steps: int = Field(gt=0)
+    save_steps: int = Field(gt=0)
+
+
 class SFTRecipe(Block):
     """``recipes/sft.py``."""
 
@@ -163,6 +200,14 @@ class GRPORecipe(Block):
                         f"data.rewards.{name}: needs data.scorers.{model}, the hub id or folder of a model"
                     )
         return self
+
+
+class RetrieverRecipe(Block):
+    """``recipes/train_retriever.py``."""
+
+    model: EncoderBlock
+    data: RetrieverData
+    training: RetrieverTraining
 
 
 Recipe = TypeVar("Recipe", bound=Block)

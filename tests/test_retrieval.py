@@ -483,3 +483,35 @@ def test_evaluate_with_models(folder, embedder, cross_encoder):
     assert result.returncode == 0, result.stderr
     for method in ("random", "BM25, morphemes", "dense", "BM25 and dense, fused", "reranked", "oracle"):
         assert result.stdout.count(f"\n| {method} |") == 2
+
+
+# Training data
+
+
+def test_training_prompts_carry_what_fits(capsys):
+    from malpyeong.training import grpo_dataset, sft_dataset
+
+    tokenizer, records = load_tokenizer(str(TINY_BASE)), TRAIN[:2]
+    contexts = [Context(tuple(RULES[:1]), tuple(TRAIN[5:7])), Context()]
+    whole = sft_dataset(tokenizer, records, 2_000, contexts)
+    expected = prompt_ids(tokenizer, build_messages(records[0], TRAIN[5:7], RULES[:1]))
+    assert whole[0]["input_ids"][: len(expected)] == expected
+    assert whole[0]["labels"][: len(expected)] == [-100] * len(expected)
+    assert whole[1] == sft_dataset(tokenizer, records, 2_000)[1]
+    assert capsys.readouterr().out == ""
+    cut = sft_dataset(tokenizer, records, len(whole[0]["input_ids"]) - 1, contexts)
+    shorter = sft_dataset(tokenizer, records[:1], 2_000, [Context(tuple(RULES[:1]), tuple(TRAIN[5:6]))])
+    assert cut[0]["input_ids"] == shorter[0]["input_ids"]
+    assert "1 of 3 rules and examples do not fit model.max_length and are left out" in capsys.readouterr().out
+    prompts = grpo_dataset(tokenizer, records[:1], 2_000, 100, 1, 0, contexts[:1])
+    assert prompts[0]["prompt"] == build_messages(records[0], TRAIN[5:7], RULES[:1])
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_recipes_refuse_a_context_file_of_other_questions(stage, context_file):
+    command = [sys.executable, f"recipes/{stage}.py", f"recipes/tiny/{stage}.yaml", f"data.context={context_file}"]
+    result = subprocess.run(
+        [*command, "model.adapter=null"], cwd=DATA.parents[2], capture_output=True, text=True, encoding="utf-8"
+    )
+    assert result.returncode == 2
+    assert "has no line for id" in result.stderr

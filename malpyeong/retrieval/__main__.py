@@ -10,7 +10,7 @@ import click
 from malpyeong.context import write_contexts
 from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable
-from malpyeong.records import Record, load_records
+from malpyeong.records import load_records
 from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents, rule_documents
 from malpyeong.rules import load_rule_book
 
@@ -95,7 +95,14 @@ def evaluate(
     """
     if rule_book is None and solved is None:
         raise InputError("nothing to search in; name --rules or --examples")
-    from malpyeong.retrieval.evaluate import evaluate_examples, evaluate_rules, load_labels, markdown, methods
+    from malpyeong.retrieval.evaluate import (
+        check_labels,
+        evaluate_examples,
+        evaluate_rules,
+        load_labels,
+        markdown,
+        methods,
+    )
 
     splits = {str(path): load_records(path, answers="gold") for path in questions}
     labels = load_labels(label_file)
@@ -103,7 +110,7 @@ def evaluate(
     examples = load_records(solved, answers="gold") if solved else []
     if rules:
         for records in splits.values():
-            _check_labels(label_file, labels, records, {rule.id for rule in rules})
+            check_labels(label_file, labels, records, rules)
     model = _reranker(reranker)
     report: dict[str, dict[str, Any]] = {name: {} for name in splits}
     if rules:
@@ -130,17 +137,6 @@ def evaluate(
     for name, tables in report.items():
         for kind, table in tables.items():
             click.echo(f"\n{printable(name)}: {len(splits[name])} questions, {sizes[kind]}\n\n{markdown(table)}")
-
-
-def _check_labels(path: Path, labels: dict[str, str], records: list[Record], rules: set[str]) -> None:
-    for record in records:
-        if record.id not in labels:
-            raise InputError(f'{path}: has no label for id "{printable(record.id, 40)}"; label every question')
-        if labels[record.id] not in rules:
-            raise InputError(
-                f'{path}: id "{printable(record.id, 40)}" is labelled "{printable(labels[record.id], 60)}", which the '
-                "rule book does not have; ids must be the same to the letter"
-            )
 
 
 def _retriever(documents: list[Document], dense: str | None, reranker: "Reranker | None") -> Retriever:

@@ -206,6 +206,23 @@ def load_labels(path: Path) -> dict[str, str]:
     return labels
 
 
+def check_labels(path: Path, labels: Mapping[str, str], records: Sequence[Record], rules: Sequence[Rule]) -> None:
+    """Make sure that every record has a label, and that it is the id of a rule.
+
+    Raises:
+        InputError: names the first record of which that is not so.
+    """
+    known = {rule.id for rule in rules}
+    for record in records:
+        if record.id not in labels:
+            raise InputError(f'{path}: has no label for id "{printable(record.id, 40)}"; label every question')
+        if labels[record.id] not in known:
+            raise InputError(
+                f'{path}: id "{printable(record.id, 40)}" is labelled "{printable(labels[record.id], 60)}", which the '
+                "rule book does not have; ids must be the same to the letter"
+            )
+
+
 def measure(values: "NDArray[np.float64]") -> Measure:
     """Return the mean of a value for each question, and its interval."""
     import numpy as np

@@ -9,6 +9,7 @@ from malpyeong.retrieval.question import Question
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from sentence_transformers import SentenceTransformer
 
     from malpyeong.retrieval.search import Document
 
@@ -89,6 +90,36 @@ class Reranker:
 def query_text(question: Question) -> str:
     """Return a question as an encoder reads it: the words it is about first, where they are known."""
     return "\n".join((*question.focus, question.text))
+
+
+def load_encoder(name: str, dtype: str, max_length: int) -> "SentenceTransformer":
+    """Load a model to be trained as an encoder: a sentence-transformers model as it is, any other with mean pooling.
+
+    Args:
+        name: folder or hub id.
+        dtype: of the weights; see :func:`malpyeong.model.pick_dtype`.
+        max_length: tokens from which on a text would be cut.
+
+    Raises:
+        InputError: there is no such model here and it cannot be downloaded.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers.utils import cached_file
+
+    from malpyeong.model import pick_dtype
+
+    options = {"dtype": pick_dtype(dtype)}
+
+    def load() -> SentenceTransformer:
+        if cached_file(name, "modules.json", _raise_exceptions_for_missing_entries=False) is not None:
+            model = SentenceTransformer(name, model_kwargs=options)
+            model.max_seq_length = max_length
+            return model
+        transformer = Transformer(name, max_seq_length=max_length, model_kwargs=options)
+        return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")])
+
+    return _load(name, load)
 
 
 def _load(name: str, load: Callable[[], Model]) -> Model:
