@@ -9,7 +9,7 @@ def test_import_loads_no_torch(code, run_module):
     assert result.stdout.split() == ["False", "False"], result.stderr
 
 
-@pytest.mark.parametrize("module", ["evaluate", "submit", "predict", "export", "curves"])
+@pytest.mark.parametrize("module", ["evaluate", "submit", "predict", "export", "curves", "rules", "retrieval"])
 def test_help_loads_no_torch(module, run_module):
     code = (
         f"import sys, runpy; sys.argv = ['{module}', '--help']\n"

@@ -83,7 +83,7 @@ class Reranker:
         found = self._model.predict(
             [(query_text(question), text) for question, text in pairs], show_progress_bar=len(pairs) > _LONG
         )
-        scores: NDArray[np.float32] = np.round(np.asarray(found, dtype=np.float32), _DECIMALS)
+        scores: NDArray[np.float32] = np.round(found, _DECIMALS).astype(np.float32)
         return scores
 
 
@@ -105,14 +105,14 @@ def load_encoder(name: str, dtype: str, max_length: int) -> "SentenceTransformer
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers.utils import cached_file
+    from sentence_transformers.util import is_sentence_transformer_model
 
     from malpyeong.model import pick_dtype
 
     options = {"dtype": pick_dtype(dtype)}
 
     def load() -> SentenceTransformer:
-        if cached_file(name, "modules.json", _raise_exceptions_for_missing_entries=False) is not None:
+        if is_sentence_transformer_model(name):
             model = SentenceTransformer(name, model_kwargs=options)
             model.max_seq_length = max_length
             return model
