@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Chosen on the dev split of the sample data (docs/retrieval.md).
 FOCUS_WEIGHT = 4
+_MANY = 500  # questions from which on a progress bar is worth its line
 
 
 class BM25:
@@ -38,9 +39,11 @@ class BM25:
     def scores(self, questions: Sequence[Question]) -> "NDArray[np.float32]":
         """Return scores of shape (questions, documents); -inf where no term is shared."""
         import numpy as np
+        from tqdm import tqdm
 
         scores = np.full((len(questions), self._size), -np.inf, dtype=np.float32)
-        for row, question in zip(scores, questions, strict=True):
+        shown = tqdm(questions, desc="BM25", unit="question", disable=len(questions) < _MANY)
+        for row, question in zip(scores, shown, strict=True):
             known = [term for term in self._terms(question.text, question.focus) if term in self._index.vocab_dict]
             if known:
                 found = self._index.get_scores(known)

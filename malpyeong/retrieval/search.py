@@ -122,7 +122,7 @@ class Retriever:
             for scores in rows:
                 scores[twins] = -np.inf
             scores = rows[0] if len(rows) == 1 else _fused(rows)
-            best = np.argsort(-scores, kind="stable")
+            best = np.argsort(-scores, kind="stable")[: k if self._reranker is None else max(k, RERANKED)]
             best = best[np.isfinite(scores[best])]
             found.append([Hit(self._documents[place].id, int(place), round(float(scores[place]), 6)) for place in best])
         if self._reranker is not None:
