@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.config import GRPORecipe, RetrieverRecipe, SFTRecipe, load_recipe
 from malpyeong.errors import InputError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-KINDS = {"sft": SFTRecipe, "grpo": GRPORecipe}
+KINDS = {"sft": SFTRecipe, "grpo": GRPORecipe, "retriever": RetrieverRecipe}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
