@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from malpyeong.mining import Rule, load_rules, make_plan, mine
+from malpyeong.mining import make_plan, mine
 from malpyeong.model import load_for_prediction
 from malpyeong.perplexity import Row, perplexities, shared_prefix
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 from malpyeong.records import Record, load_records
+from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 
 
@@ -46,7 +47,7 @@ def question_first(model: Any, tokenizer: Any, records: Sequence[Record], rules:
         prompts = []
         for rule in rules:
             system, user = build_messages(record)
-            user["content"] += f"\n\n참고할 어문 규범:\n{rule.full_text}"
+            user["content"] += f"\n\n[참고 규범]\n\n{rule.full_text}"
             prompts.append(prompt_ids(tokenizer, [system, user]))
         shared = len(os.path.commonprefix(prompts))
         prefix = shared_prefix(model, prompts[0][:shared])
@@ -75,7 +76,7 @@ def ranks(ppl: Sequence[Sequence[float]], labels: Sequence[int]) -> list[int]:
 def main(model: str, adapter: str | None, questions: int, output: Path | None) -> None:
     """Print top-1, top-5 and MRR of the labelled rule for both orders and random choice."""
     loaded, tokenizer = load_for_prediction(model, adapter, "float32")
-    dev, rules = load_records(DATA / "dev.json", answers="gold"), load_rules(DATA / "rules.json")
+    dev, rules = load_records(DATA / "dev.json", answers="gold"), load_rule_book(DATA / "rules.json")
     records = [dev[number * len(dev) // questions] for number in range(questions)]
     names = json.loads((DATA / "labels.json").read_text("utf-8"))
     labels = [[rule.id for rule in rules].index(names[record.id]["rule"]) for record in records]

@@ -36,11 +36,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from malpyeong.mining import NO_RULE, Rule, load_rules, make_plan
+from malpyeong.mining import NO_RULE, make_plan
 from malpyeong.model import load_for_prediction, load_tokenizer
 from malpyeong.perplexity import perplexities, shared_prefix
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 from malpyeong.records import Record, load_records
+from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 
 TOLERANCE = 1e-3
@@ -49,14 +50,14 @@ MAX_LENGTH = 4096
 
 def contest_length_rules(count: int) -> list[Rule]:
     """Return rules as long as the quantiles of a log-normal with the contest's median and 95th percentile."""
-    text = "\n".join(rule.full_text for rule in load_rules(DATA / "rules.json"))
+    text = "\n".join(rule.full_text for rule in load_rule_book(DATA / "rules.json"))
     normal = statistics.NormalDist()
     spread = math.log(970 / 329) / normal.inv_cdf(0.95)
     rules, start = [], 0
     for number in range(count):
         length = min(2133, round(329 * math.exp(spread * normal.inv_cdf((number + 0.5) / count))))
         start = start if start + length <= len(text) else 0
-        rules.append(Rule(str(number), text[start : start + length]))
+        rules.append(Rule(str(number), "", text[start : start + length]))
         start += length
     return rules
 
@@ -87,7 +88,7 @@ def loop(model: Any, tokenizer: Any, record: Record, rule: Rule | None) -> float
     """Return PPL(answer | rule, question) by one whole forward."""
     import torch
 
-    prompt = prompt_ids(tokenizer, build_messages(record, rule.full_text if rule else ""))
+    prompt = prompt_ids(tokenizer, build_messages(record, rules=[rule] if rule else ()))
     answer = completion_ids(tokenizer, record.answer or "")[:-1]
     with torch.inference_mode():
         loss = model(

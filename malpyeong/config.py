@@ -54,10 +54,11 @@ class ModelBlock(Block):
 
 
 class SFTData(Block):
-    """Files of the SFT stage."""
+    """Files of the SFT stage. ``context``: rules and examples for both files (``malpyeong.retrieval search``)."""
 
     train: str
     dev: str
+    context: str | None = None
 
 
 class SFTTraining(Block):
@@ -90,9 +91,11 @@ class ScorersBlock(Block):
 
 
 class GRPOData(Block):
-    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``)."""
+    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``). ``context``: rules and solved
+    examples for the prompts (``malpyeong.retrieval search``)."""
 
     train: str
+    context: str | None = None
     rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     scorers: ScorersBlock | None = None
 
@@ -147,6 +150,43 @@ class GRPOTraining(Block):
                 "checkpoint between two uses of the same completions could not be resumed"
             )
         return self
+
+
+class EncoderBlock(Block):
+    """The model that becomes a text encoder: a sentence-transformers model, or any other with mean pooling over it.
+    Without ``lora`` all weights are trained."""
+
+    name: str
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    max_length: int = Field(gt=0)
+    lora: LoraBlock | None = None
+
+
+class RetrieverData(Block):
+    """Questions, the rule of each (record id → rule id), the rule book, and how many hard negatives a question gets:
+    the rules other than its own that BM25 ranks first."""
+
+    train: str
+    labels: str
+    rules: str
+    negatives: int = Field(ge=0)
+
+
+class RetrieverTraining(Block):
+    """How the dual encoder trains. ``scale`` multiplies the cosine in the softmax over a batch's rules."""
+
+    output: str
+    seed: int
+    epochs: float = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    batch_size: int = Field(ge=2)
+    scale: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    optim: str
+    logging_steps: int = Field(gt=0)
+    save_steps: int = Field(gt=0)
 
 
 class SFTRecipe(Block):
@@ -225,6 +265,14 @@ class MiningRecipe(Block):
     model: MiningModel
     data: MiningData
     mining: MiningOutput
+
+
+class RetrieverRecipe(Block):
+    """``recipes/train_retriever.py``."""
+
+    model: EncoderBlock
+    data: RetrieverData
+    training: RetrieverTraining
 
 
 Recipe = TypeVar("Recipe", bound=Block)

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and naming their content by digest."""
+"""Reading text with one clear line for what is wrong, writing files whole or not at all, digests."""
 
 import glob
 import hashlib
@@ -10,6 +10,54 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from malpyeong.errors import InputError
+
+
+def read_bytes(path: Path, expected: str) -> bytes:
+    """Read a file that is not empty.
+
+    Args:
+        path: the file.
+        expected: what should be in it, for the message: "a JSON list of records".
+
+    Raises:
+        InputError: it is missing, a folder, unreadable or empty.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; name the file in it") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if not data.strip():
+        raise InputError(f"{path}: is empty; expected {expected}")
+    return data
+
+
+def read_text(path: Path, expected: str) -> str:
+    """Read a UTF-8 file that is not empty; see :func:`read_bytes`.
+
+    Raises:
+        InputError: also if it is an archive or in another encoding.
+    """
+    data = read_bytes(path, expected)
+    if data.startswith(b"PK\x03\x04"):
+        raise InputError(f"{path}: is a zip archive (or docx/xlsx); expected {expected}")
+    if data.startswith(b"\x1f\x8b"):
+        raise InputError(f"{path}: is gzip-compressed; unpack it first")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path}: is UTF-16; save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise InputError(f"{path}: ends in the middle of a character; is the file cut off?") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: line {line} is not UTF-8 (CP949/EUC-KR perhaps); save the file as UTF-8") from None
+    if not text.strip():
+        raise InputError(f"{path}: is empty; expected {expected}")
+    return text
 
 
 def write_text(path: Path, text: str) -> None:

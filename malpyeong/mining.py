@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,21 +28,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from malpyeong.answer import subject_particle
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
+from malpyeong.options import options
 from malpyeong.perplexity import Row, perplexities, perplexity, shared_prefix
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 from malpyeong.records import Record
+from malpyeong.rules import Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_RULE = 0  # position of "no rule" among a plan's contexts
-
-
-class Rule(NamedTuple):
-    """A rule of the rule book as the model reads it."""
-
-    id: str
-    full_text: str
 
 
 class Batch(NamedTuple):
@@ -120,7 +114,7 @@ def make_plan(
     contexts = [None, *rules]
 
     def prompt(context: Rule | None, record: Record) -> list[int]:
-        return prompt_ids(tokenizer, build_messages(record, context.full_text if context else ""))
+        return prompt_ids(tokenizer, build_messages(record, rules=[context] if context else ()))
 
     # A prompt is one of `heads` and one of `ends`. Only the prompts of the first record and of the first rule are
     # rendered whole; where the tokenizer merged over the seam, the two would not meet.
@@ -142,7 +136,7 @@ def make_plan(
     named: list[list[tuple[str, int]]] = []
     for end, record in zip(ends, records, strict=True):
         named.append([])
-        for sentence in _options(record):
+        for sentence in options(record):
             named[-1].append((sentence, len(rows)))
             rows.append(Row(end, _answer(tokenizer, f'"{sentence}"{subject_particle(sentence)} 옳다.')))
 
@@ -267,29 +261,6 @@ def weights_digest(model: Any) -> str:  # noqa: ANN401 -- a transformers or PEFT
     return found.hexdigest()
 
 
-def load_rules(path: Path) -> list[Rule]:
-    """Read a rule book: a JSON list of id, category, title, text and examples.
-
-    Raises:
-        InputError: the file cannot be read, a rule has no id or text, or an id stands twice.
-    """
-    try:
-        items = json.loads(path.read_text("utf-8-sig"))
-        rules = [
-            Rule(item["id"], "\n".join((item.get("title", ""), item["text"], ", ".join(item.get("examples", [])))))
-            for item in items
-        ]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name the rule book's JSON file") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            f'{path}: is no rule book; expected a JSON list of {{"id": …, "title": …, "text": …, "examples": […]}}'
-        ) from None
-    if not rules or len({rule.id for rule in rules}) < len(rules):
-        raise InputError(f"{path}: holds no rule, or two with the same id; make ids unique")
-    return rules
-
-
 def load_candidates(path: Path, records: Sequence[Record], rules: Sequence[Rule]) -> dict[str, list[str]]:
     """Read which rules to try for each record: JSONL of ``{"id": record, "rules": [rule ids]}``.
 
@@ -339,19 +310,6 @@ def _check_parts(model: Any, plan: Plan, batches: Sequence[Batch], pad: int) -> 
 
 def _answer(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return completion_ids(tokenizer, text)[:-1]  # without the end of the turn
-
-
-_BRACES = re.compile(r'"(?P<before>[^{}"]*)\{(?P<options>[^{}]*/[^{}]*)\}(?P<after>[^{}"]*)"')
-
-
-def _options(record: Record) -> tuple[str, ...]:
-    """Return the sentences among which a question with one pair of braces asks to choose."""
-    if record.question_type != "선택형" or record.question.count("{") != 1:
-        return ()
-    found = _BRACES.search(record.question)
-    if not found:
-        return ()
-    return tuple(found["before"] + option.strip() + found["after"] for option in found["options"].split("/"))
 
 
 def _short(value: float) -> float:

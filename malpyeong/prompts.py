@@ -1,9 +1,12 @@
 """From a record to the tokens that a model reads: one rendering for SFT, GRPO and prediction."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from malpyeong.answer import INSTRUCTION
+from malpyeong.context import Context
 from malpyeong.records import Record
+from malpyeong.rules import Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,16 +18,46 @@ Message = dict[str, str]
 TEMPLATE_OPTIONS: dict[str, Any] = {"enable_thinking": False, "date_string": "01 Jan 2025"}
 
 
-def build_messages(record: Record, context: str = "") -> list[Message]:
+def build_messages(record: Record, examples: Sequence[Record] = (), rules: Sequence[Rule] = ()) -> list[Message]:
     """Return the chat messages that ask a model for the answer of ``record``.
 
-    ``context``, such as a rule, goes before the question: prompts of one context then begin with the same tokens, which
-    need to be computed only once.
+    Rules and solved examples stand before the question, best first; without any, the prompt is the question alone.
     """
+    parts = []
+    if rules:
+        shown = [f"{number}. {rule.id}\n{rule.full_text}" for number, rule in enumerate(rules, 1)]
+        parts.append("\n\n".join(["[참고 규범]", *shown]))
+    if examples:
+        shown = [f"질문: {_question(example)}\n답: {example.answer}" for example in examples]
+        parts.append("\n\n".join(["[풀이 예시]", *shown]))
+    question = _question(record)
     return [
-        {"role": "system", "content": f"{INSTRUCTION}\n\n참고할 어문 규범:\n{context}" if context else INSTRUCTION},
-        {"role": "user", "content": f"[{record.question_type}] {record.question}"},
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": "\n\n".join([*parts, f"[질문]\n{question}"]) if parts else question},
     ]
+
+
+def fit_messages(
+    tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context, max_prompt_length: int
+) -> tuple[list[Message], int]:
+    """Return the chat messages with as much of ``context`` as fits.
+
+    Whole rules and examples are dropped, the lowest-ranked first, never cut. A question that is too long by itself
+    comes back as it is: its length is the caller's to check.
+
+    Returns:
+        (messages, how many rules and examples were dropped).
+    """
+    kept = context
+    messages = build_messages(record, kept.examples, kept.rules)
+    while len(kept) and len(prompt_ids(tokenizer, messages)) > max_prompt_length:
+        kept = kept.without_worst()
+        messages = build_messages(record, kept.examples, kept.rules)
+    return messages, len(context) - len(kept)
+
+
+def _question(record: Record) -> str:
+    return f"[{record.question_type}] {record.question}"
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> list[int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from malpyeong.errors import InputError
-from malpyeong.files import write_text
+from malpyeong.files import read_text, write_text
 
 QUESTION_TYPES = ("선택형", "교정형")
 MAX_TEXT_CHARS = 1_000_000
@@ -80,8 +80,8 @@ def load_records(path: str | Path, answers: Answers = "none") -> list[Record]:
     path = Path(path)
     records: list[Record] = []
     seen: dict[str, str] = {}
-    for where, item in _json_objects(path, _read_text(path)):
-        record = _check(f"{path}: {where}", item, answers)
+    for where, item in _json_objects(path, read_text(path, "a JSON list of records or JSONL")):
+        record = record_from_json(f"{path}: {where}", item, answers)
         if record.id in seen:
             raise InputError(f'{path}: {where}: id "{record.id}" is already used by {seen[record.id]}; make ids unique')
         seen[record.id] = where
@@ -130,50 +130,13 @@ def check_same_questions(
     )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; name the JSON file in it") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if not data.strip():
-        raise InputError(f"{path}: is empty; expected a JSON list of records or JSONL")
-    if data.startswith(b"PK\x03\x04"):
-        raise InputError(f"{path}: is a zip archive (or docx/xlsx); unpack it and name the JSON file")
-    if data.startswith(b"\x1f\x8b"):
-        raise InputError(f"{path}: is gzip-compressed; unpack it first")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{path}: is UTF-16; save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if error.reason == "unexpected end of data":
-            raise InputError(f"{path}: ends in the middle of a character; is the file cut off?") from None
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}: line {line} is not UTF-8 (CP949/EUC-KR perhaps); save the file as UTF-8") from None
-    if not text.strip():
-        raise InputError(f"{path}: is empty; expected a JSON list of records or JSONL")
-    return text
+def parse_json(where: str, text: str) -> Any:  # noqa: ANN401 -- JSON is Any
+    """Parse JSON in which no key stands twice in one object.
 
+    Raises:
+        InputError: begins with ``where`` and names the line.
+    """
 
-def _json_objects(path: Path, text: str) -> list[tuple[str, Any]]:
-    """Return (place, value) pairs: a JSON list's items, or one value a line."""
-    if text.lstrip()[0] == "[":
-        items = _parse(f"{path}", text)
-        if not items:
-            raise InputError(f"{path}: holds an empty list; expected at least one record")
-        return [(f"record {index}", item) for index, item in enumerate(items, 1)]
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if lines[0][1].strip() == "{":  # an indented object, where JSONL has one whole object a line
-        _parse(f"{path}", text)
-        raise InputError(f'{path}: the top level is one object; expected a list "[{{…}}, …]" or JSONL')
-    return [(f"line {number}", _parse(f"{path}: line {number}", line)) for number, line in lines]
-
-
-def _parse(where: str, text: str) -> Any:  # noqa: ANN401 -- JSON is Any
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         item: dict[str, Any] = {}
         for key, value in pairs:
@@ -195,7 +158,26 @@ def _parse(where: str, text: str) -> Any:  # noqa: ANN401 -- JSON is Any
         raise InputError(f"{where}: not valid JSON ({error})") from None
 
 
-def _check(where: str, item: Any, answers: Answers) -> Record:  # noqa: ANN401 -- JSON is Any
+def _json_objects(path: Path, text: str) -> list[tuple[str, Any]]:
+    """Return (place, value) pairs: a JSON list's items, or one value a line."""
+    if text.lstrip()[0] == "[":
+        items = parse_json(f"{path}", text)
+        if not items:
+            raise InputError(f"{path}: holds an empty list; expected at least one record")
+        return [(f"record {index}", item) for index, item in enumerate(items, 1)]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if lines[0][1].strip() == "{":  # an indented object, where JSONL has one whole object a line
+        parse_json(f"{path}", text)
+        raise InputError(f'{path}: the top level is one object; expected a list "[{{…}}, …]" or JSONL')
+    return [(f"line {number}", parse_json(f"{path}: line {number}", line)) for number, line in lines]
+
+
+def record_from_json(where: str, item: Any, answers: Answers) -> Record:  # noqa: ANN401 -- JSON is Any
+    """Check one JSON object of a contest file; see :func:`load_records`.
+
+    Raises:
+        InputError: begins with ``where`` and names the defect.
+    """
     if not isinstance(item, dict):
         raise InputError(f'{where}: is {_kind(item)}; expected an object {{"id": …, "input": …}}')
     if "id" not in item:

@@ -36,6 +36,9 @@ PACKAGES = (
     "rouge-score",
     "python-mecab-ko",
     "sentencepiece",
+    "sentence-transformers",
+    "bm25s",
+    "kiwipiepy",
     "unsloth",
 )
 

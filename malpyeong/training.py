@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from malpyeong.config import GRPORecipe, SFTRecipe
+from malpyeong.context import Context
 from malpyeong.errors import InputError
 from malpyeong.memory import Backend
 from malpyeong.model import pick_dtype
-from malpyeong.prompts import build_messages, completion_ids, prompt_ids
+from malpyeong.prompts import Message, build_messages, completion_ids, fit_messages, prompt_ids
 from malpyeong.records import Record
 from malpyeong.runs import adapter_digest, finish_run, has_ended, start_run
 
@@ -20,18 +21,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def sft_dataset(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], max_length: int) -> "Dataset":
+def sft_dataset(
+    tokenizer: "PreTrainedTokenizerBase",
+    records: Sequence[Record],
+    max_length: int,
+    contexts: Sequence[Context] | None = None,
+) -> "Dataset":
     """Return ``input_ids`` and ``labels`` (-100 on the prompt: the loss is on the answer and its end) for each record.
+
+    Rules and examples of ``contexts`` (one for each record) that do not fit are left out, and counted on the screen.
 
     Raises:
         InputError: a record has more than ``max_length`` tokens.
     """
     from datasets import Dataset
 
+    answers = [completion_ids(tokenizer, record.answer or "") for record in records]
+    prompts = _messages(tokenizer, records, contexts, [max_length - len(answer) for answer in answers])
     rows = []
-    for record in records:
-        prompt = prompt_ids(tokenizer, build_messages(record))
-        answer = completion_ids(tokenizer, record.answer or "")
+    for messages, answer in zip(prompts, answers, strict=True):
+        prompt = prompt_ids(tokenizer, messages)
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
     return Dataset.from_list(rows)
@@ -44,6 +53,7 @@ def grpo_dataset(
     max_completion_length: int,
     prompts: int,
     seed: int,
+    contexts: Sequence[Context] | None = None,
 ) -> "Dataset":
     """Return ``prompt`` (chat messages), ``reference`` (the gold answer) and ``record_id``, in training order.
 
@@ -57,16 +67,19 @@ def grpo_dataset(
         max_completion_length: tokens that a completion may have.
         prompts: how many prompts the run uses.
         seed: of the order.
+        contexts: rules and examples for each record; those that do not fit are left out, and counted on the screen.
 
     Raises:
         InputError: a prompt and a completion of full length have more than ``max_length`` tokens together.
     """
     from datasets import Dataset
 
+    messages = _messages(tokenizer, records, contexts, [max_length - max_completion_length] * len(records))
     rows = [
-        {"prompt": build_messages(record), "reference": record.answer, "record_id": record.id} for record in records
+        {"prompt": prompt, "reference": record.answer, "record_id": record.id}
+        for prompt, record in zip(messages, records, strict=True)
     ]
-    lengths = [len(prompt_ids(tokenizer, build_messages(record))) + max_completion_length for record in records]
+    lengths = [len(prompt_ids(tokenizer, prompt)) + max_completion_length for prompt in messages]
     check_lengths(records, lengths, max_length)
     rng = random.Random(seed)
     order: list[dict[str, Any]] = []
@@ -170,6 +183,28 @@ def precision(dtype: str) -> dict[str, Any]:
 
     chosen = pick_dtype(dtype)
     return {"bf16": chosen == torch.bfloat16, "fp16": chosen == torch.float16}
+
+
+def _messages(
+    tokenizer: "PreTrainedTokenizerBase",
+    records: Sequence[Record],
+    contexts: Sequence[Context] | None,
+    limits: Sequence[int],
+) -> list[list[Message]]:
+    """Return the prompt of each record, with as much of its context as leaves at most ``limits`` tokens."""
+    if contexts is None:
+        return [build_messages(record) for record in records]
+    fitted = [
+        fit_messages(tokenizer, record, context, limit)
+        for record, context, limit in zip(records, contexts, limits, strict=True)
+    ]
+    dropped = [count for _, count in fitted if count]
+    if dropped:
+        click.echo(
+            f"{sum(dropped)} of {sum(map(len, contexts))} rules and examples do not fit model.max_length and are left "
+            f"out, the lowest-ranked of {len(dropped)} of {len(records)} records"
+        )
+    return [messages for messages, _ in fitted]
 
 
 def check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import click
 
 from malpyeong.config import GRPORecipe, load_recipe
+from malpyeong.context import load_contexts
 from malpyeong.environment import prepare_environment
 from malpyeong.memory import Backend
 from malpyeong.model import VLLM_SHARE, check_adapter, choose_backend, load_for_training
@@ -114,6 +115,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     records = load_records(recipe.data.train, answers="gold")
     output = Path(training.output)
     inputs = [Path(recipe.data.train)]
+    contexts = load_contexts(recipe.data.context, records) if recipe.data.context else None
+    if recipe.data.context:
+        inputs.append(Path(recipe.data.context))
     if model_block.adapter:
         check_adapter(model_block.adapter)
         inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
@@ -140,7 +144,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     completions = training.batch_size * training.gradient_accumulation_steps
     prompts = generations * completions // training.num_generations
     dataset = grpo_dataset(
-        tokenizer, records, model_block.max_length, training.max_completion_length, prompts, training.seed
+        tokenizer, records, model_block.max_length, training.max_completion_length, prompts, training.seed, contexts
     )
 
     stated = arguments(recipe, backend)

@@ -25,6 +25,7 @@ from malpyeong.errors import InputError
 from malpyeong.files import check_writable, digest, write_text
 from malpyeong.model import check_adapter, load_for_prediction, load_tokenizer
 from malpyeong.records import load_records
+from malpyeong.rules import load_rule_book
 from malpyeong.runs import check_run, start_run
 
 
@@ -42,7 +43,6 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
 
     from malpyeong.mining import (
         load_candidates,
-        load_rules,
         make_plan,
         mine,
         open_part,
@@ -52,7 +52,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     )
 
     records = load_records(data.questions, answers="gold")
-    rules = load_rules(Path(data.rules))
+    rules = load_rule_book(data.rules)
     candidates = load_candidates(Path(data.candidates), records, rules) if data.candidates else None
     files = {"questions": Path(data.questions), "rules": Path(data.rules)}
     if data.candidates:

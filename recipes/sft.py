@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from malpyeong.config import SFTRecipe, load_recipe
+from malpyeong.context import Context, load_contexts
 from malpyeong.environment import prepare_environment
 from malpyeong.memory import Backend
 from malpyeong.model import check_adapter, choose_backend, load_for_training
@@ -86,6 +87,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     splits = {name: load_records(getattr(recipe.data, name), answers="gold") for name in ("train", "dev")}
     output = Path(training.output)
     inputs = [Path(recipe.data.train), Path(recipe.data.dev)]
+    contexts: dict[str, list[Context]] = {}
+    if recipe.data.context:
+        contexts = {name: load_contexts(recipe.data.context, records) for name, records in splits.items()}
+        inputs.append(Path(recipe.data.context))
     if model_block.adapter:
         check_adapter(model_block.adapter)
         inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
@@ -105,7 +110,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     check(recipe, backend)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
-    datasets = {name: sft_dataset(tokenizer, records, model_block.max_length) for name, records in splits.items()}
+    datasets = {
+        name: sft_dataset(tokenizer, records, model_block.max_length, contexts.get(name))
+        for name, records in splits.items()
+    }
 
     stated = arguments(recipe, backend)
     trainer = SFTTrainer(

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from malpyeong.config import GRPORecipe, MiningRecipe, SFTRecipe, load_recipe
+from malpyeong.config import GRPORecipe, MiningRecipe, RetrieverRecipe, SFTRecipe, load_recipe
 from malpyeong.errors import InputError
 from malpyeong.gpus import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-KINDS = {"sft": SFTRecipe, "grpo": GRPORecipe, "mine": MiningRecipe}
+KINDS = {"sft": SFTRecipe, "grpo": GRPORecipe, "mine": MiningRecipe, "retriever": RetrieverRecipe}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -9,7 +9,9 @@ def test_import_loads_no_torch(code, run_module):
     assert result.stdout.split() == ["False", "False"], result.stderr
 
 
-@pytest.mark.parametrize("module", ["evaluate", "submit", "predict", "export", "curves", "report", "doctor", "memory"])
+@pytest.mark.parametrize(
+    "module", ["evaluate", "submit", "predict", "export", "curves", "report", "doctor", "memory", "rules", "retrieval"]
+)
 def test_help_loads_no_torch(module, run_module):
     code = (
         f"import sys, runpy; sys.argv = ['{module}', '--help']\n"

@@ -24,9 +24,7 @@ from transformers import (
 
 from malpyeong.errors import InputError
 from malpyeong.mining import (
-    Rule,
     load_candidates,
-    load_rules,
     make_plan,
     mine,
     open_part,
@@ -38,11 +36,12 @@ from malpyeong.model import load_for_prediction
 from malpyeong.perplexity import Row, perplexities, perplexity, shared_prefix
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 from malpyeong.records import Record, load_records, write_records
+from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 
 ROOT = Path(__file__).parent.parent
 DEV = load_records(DATA / "dev.json", answers="gold")
-RULES = load_rules(DATA / "rules.json")
+RULES = load_rule_book(DATA / "rules.json")
 
 SHAPE = {
     "vocab_size": 100,
@@ -121,12 +120,12 @@ def test_mined_values_equal_the_formulas(tiny):
     assert [row["id"] for row in rows] == [record.id for record in records]
 
     def ppl(record, context, answer):
-        prompt = prompt_ids(tokenizer, build_messages(record, context))
+        prompt = prompt_ids(tokenizer, build_messages(record, rules=[context] if context else ()))
         return perplexity(model, prompt, completion_ids(tokenizer, answer)[:-1])
 
-    texts = {rule.id: rule.full_text for rule in rules}
+    texts = {rule.id: rule for rule in rules}
     for record, row in zip(records, rows, strict=True):
-        alone = ppl(record, "", record.answer)
+        alone = ppl(record, None, record.answer)
         assert row["ppl_question"] == pytest.approx(alone, rel=1e-4)
         assert {candidate["rule"] for candidate in row["candidates"]} == set(texts)
         deltas = [candidate["delta"] for candidate in row["candidates"]]
@@ -137,7 +136,7 @@ def test_mined_values_equal_the_formulas(tiny):
             assert candidate["delta"] == pytest.approx(alone - value, abs=1e-3)
             assert candidate["improvement_ratio"] == pytest.approx((alone - value) / alone, abs=1e-3)
         for option in row["options"]:
-            assert option["ppl"] == pytest.approx(ppl(record, "", _verdict(option["sentence"])), rel=1e-4)
+            assert option["ppl"] == pytest.approx(ppl(record, None, _verdict(option["sentence"])), rel=1e-4)
     assert any(row["options"] for row in rows)
 
 
@@ -152,7 +151,7 @@ def test_what_a_plan_reads_is_the_prompt(tiny):
     plan = make_plan(tokenizer, DEV[:8], RULES[:3], None, 1024, 700)
     for number, rule in enumerate(RULES[:3], 1):
         for record, row in zip(DEV[:8], plan.rows, strict=False):
-            whole = prompt_ids(tokenizer, build_messages(record, rule.full_text))
+            whole = prompt_ids(tokenizer, build_messages(record, rules=[rule]))
             assert plan.heads[number] + row.prompt_end == whole
     for batch in plan.batches:
         longest = max(len(plan.rows[row]) for row in batch.rows)
@@ -165,7 +164,7 @@ def test_what_a_plan_reads_is_the_prompt(tiny):
 def test_one_question_or_equal_ones(tiny, records):
     model, tokenizer = tiny
     plan = make_plan(tokenizer, records, RULES[:1], None, 1024, 2048)
-    whole = prompt_ids(tokenizer, build_messages(records[0], RULES[0].full_text))
+    whole = prompt_ids(tokenizer, build_messages(records[0], rules=[RULES[0]]))
     assert plan.heads[1] + plan.rows[0].prompt_end == whole
     assert all(math.isfinite(ppl) for ppls in mine(model, plan, tokenizer.pad_token_id) for ppl in ppls)
 
@@ -180,7 +179,7 @@ def test_candidates_limit_what_is_computed(tiny):
 
 def test_rules_of_equal_delta_stand_in_the_order_of_the_rule_book(tiny):
     _, tokenizer = tiny
-    rules = [Rule(id_, "같은 규칙") for id_ in ("나", "가", "다")]
+    rules = [Rule(id_, "분류", "같은 규칙") for id_ in ("나", "가", "다")]
     plan = make_plan(tokenizer, DEV[:1], rules, None, 1024, 2048)
     found = [[2.0 if batch.context else 3.0] * len(batch.rows) for batch in plan.batches]
     row = ranked(plan, DEV[:1], rules, found, top_k=2)[0]
@@ -376,26 +375,6 @@ def test_estimate_computes_nothing(folder, recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is no rule book"),
-        ("[]", "holds no rule"),
-        ("{}", "holds no rule"),
-        ('[{"id": "가"}]', "is no rule book"),
-        ('["가"]', "is no rule book"),
-        ('[{"id": "가", "text": "나"}, {"id": "가", "text": "다"}]', "same id"),
-    ],
-)
-def test_a_defective_rule_book_is_one_line(content, message, tmp_path):
-    path = tmp_path / "rules.json"
-    path.write_text(content, "utf-8")
-    with pytest.raises(InputError, match=message):
-        load_rules(path)
-    with pytest.raises(InputError, match="cannot be read"):
-        load_rules(tmp_path / "none.json")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
         ("", "1 records have no line"),
         ("{", "line 1: expected"),
         ('{"id": "1", "rules": ["없음"]}', 'no rule "없음"'),
@@ -407,4 +386,4 @@ def test_defective_candidates_are_one_line(content, message, tmp_path):
     path = tmp_path / "candidates.jsonl"
     path.write_text(content, "utf-8")
     with pytest.raises(InputError, match=message):
-        load_candidates(path, [Record("1", "교정형", "질문", "답")], [Rule("가", "나")])
+        load_candidates(path, [Record("1", "교정형", "질문", "답")], [Rule("가", "분류", "나")])
