@@ -8,11 +8,12 @@ rollouts it would hide from the rewards what the model does by itself.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from malpyeong.answer import answer_grammar, close_reason, parse_answer, reason_grammar
+from malpyeong.context import Context
 from malpyeong.errors import InputError
 from malpyeong.options import options, verdicts
 from malpyeong.prompts import build_messages, prompt_ids
@@ -64,6 +65,14 @@ class Engine(Protocol):
         """Return ``decoding.samples`` answers for each record of a batch."""
 
 
+def _prompts(
+    tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], contexts: Mapping[str, Context]
+) -> list[list[int]]:
+    """Return each record's prompt, with the rules and examples that ``contexts`` has for its id."""
+    found = [(record, contexts.get(record.id, Context())) for record in records]
+    return [prompt_ids(tokenizer, build_messages(record, context.examples, context.rules)) for record, context in found]
+
+
 class TransformersEngine:
     """Batches of left-padded prompts through ``generate``, with the KV cache."""
 
@@ -72,13 +81,15 @@ class TransformersEngine:
         model: Any,  # noqa: ANN401 -- a transformers or PEFT model
         tokenizer: "PreTrainedTokenizerBase",
         decoding: Decoding | None = None,
+        contexts: Mapping[str, Context] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding or Decoding()
+        self._contexts = contexts or {}
         self._format = _Format(model, tokenizer) if self.decoding.constrained else None
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         """Return each record's prompt as token ids."""
-        return [prompt_ids(self.tokenizer, build_messages(record)) for record in records]
+        return _prompts(self.tokenizer, records, self._contexts)
 
     def answers(self, records: Sequence[Record]) -> list[list[str]]:
         """Return ``decoding.samples`` answers for each record of a batch, the greedy one first."""
@@ -163,7 +174,14 @@ class VLLMEngine:
         InputError: vLLM is not installed, or several samples are asked for.
     """
 
-    def __init__(self, model: str, adapter: str | None, dtype: str, decoding: Decoding) -> None:
+    def __init__(
+        self,
+        model: str,
+        adapter: str | None,
+        dtype: str,
+        decoding: Decoding,
+        contexts: Mapping[str, Context] | None = None,
+    ) -> None:
         from malpyeong.model import check_adapter, load_tokenizer
 
         if decoding.samples > 1:
@@ -175,7 +193,7 @@ class VLLMEngine:
             raise InputError(
                 'vLLM is not installed; run pip install "malpyeong[vllm]" on a GPU machine, or leave --engine out'
             ) from None
-        self.decoding, self.tokenizer = decoding, load_tokenizer(model)
+        self.decoding, self.tokenizer, self._contexts = decoding, load_tokenizer(model), contexts or {}
         rank = check_adapter(adapter).get("r", 16)
         self._adapter = LoRARequest("adapter", 1, adapter) if adapter else None
         self._llm = LLM(
@@ -188,7 +206,7 @@ class VLLMEngine:
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         """Return each record's prompt as token ids."""
-        return [prompt_ids(self.tokenizer, build_messages(record)) for record in records]
+        return _prompts(self.tokenizer, records, self._contexts)
 
     def answers(self, records: Sequence[Record]) -> list[list[str]]:
         """Return one answer for each record of a batch."""

@@ -16,6 +16,7 @@ import click
 
 from malpyeong.answer import format_problem
 from malpyeong.consensus import ReasonScore, choose, rouge_score
+from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError
 from malpyeong.files import check_writable, digest
 from malpyeong.records import Record, load_records, write_records
@@ -123,17 +124,23 @@ def repaired(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
 
 
 def _engine(
-    name: str, model: str, adapter: str | None, dtype: str, load_in_4bit: bool, decoding: "Decoding"
+    name: str,
+    model: str,
+    adapter: str | None,
+    dtype: str,
+    load_in_4bit: bool,
+    decoding: "Decoding",
+    contexts: dict[str, Context],
 ) -> "Engine":
     from malpyeong.engines import TransformersEngine, VLLMEngine
 
     if name == "vllm":
         if load_in_4bit:
             raise InputError("--load-in-4bit goes with the transformers engine; leave one of the two out")
-        return VLLMEngine(model, adapter, dtype, decoding)
+        return VLLMEngine(model, adapter, dtype, decoding, contexts)
     from malpyeong.model import load_for_prediction
 
-    return TransformersEngine(*load_for_prediction(model, adapter, dtype, load_in_4bit), decoding)
+    return TransformersEngine(*load_for_prediction(model, adapter, dtype, load_in_4bit), decoding, contexts)
 
 
 def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
@@ -187,6 +194,11 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
 @click.option("--bertscore-model", help="Hub id or folder: compare samples' reasons by BERTScore too.")
 @click.option("--bleurt-model", help="Hub id or folder: compare samples' reasons by BLEURT too.")
 @click.option("--engine", "engine_name", default="transformers", type=click.Choice(["transformers", "vllm"]))
+@click.option(
+    "--context",
+    type=click.Path(path_type=Path),
+    help="Rules and examples for each question, as in training (data.context): python -m malpyeong.retrieval search.",
+)
 @click.option("--no-repair", is_flag=True, help="Write the answers as the model gave them.")
 def main(
     model: str,
@@ -204,6 +216,7 @@ def main(
     bertscore_model: str | None,
     bleurt_model: str | None,
     engine_name: str,
+    context: Path | None,
     no_repair: bool,
 ) -> None:
     """Answer QUESTIONS (a contest file) with MODEL (a folder or hub id).
@@ -213,6 +226,9 @@ def main(
     records = load_records(questions)
     if output.exists() and output.samefile(questions):
         raise InputError(f"{output}: would overwrite the questions; choose another name")
+    contexts = {}
+    if context:
+        contexts = {record.id: its for record, its in zip(records, load_contexts(context, records), strict=True)}
     check_writable(output)
     from tqdm import tqdm
 
@@ -229,12 +245,14 @@ def main(
             **{"bertscore_model": bertscore_model, "bleurt_model": bleurt_model},
         },
     }
+    if context:
+        made_of["context"] = digest(context)
     progress = Progress(output, made_of)
     done = {place for place, record in enumerate(records) if record.id in progress.answers}
     if len(done) < len(records):
         if done:
             click.echo(f"going on from {progress.path}: {len(done)} of {len(records)} answers are there")
-        engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding)
+        engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, contexts)
         score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
         with tqdm(total=len(records), initial=len(done), desc="predict", unit="record") as bar:
             for place, answer in predict(engine, records, batch_size, done, score):
