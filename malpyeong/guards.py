@@ -63,11 +63,11 @@ def _findings(logs: dict[str, Any]) -> dict[str, bool]:
 
 
 @contextmanager
-def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe, backend: Backend) -> Iterator[None]:
+def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe | None, backend: Backend = "hf") -> Iterator[None]:
     """Turn a GPU's out-of-memory error into the measured peak and the lever to pull next.
 
     Args:
-        recipe: that is run.
+        recipe: that is run; None for one whose memory is not estimated.
         backend: that the model was loaded with.
     """
     import torch
@@ -79,13 +79,15 @@ def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe, backend: Backend) -> I
         raise TrainingStoppedError(out_of_memory_text(recipe, backend, peak, whole)) from None
 
 
-def out_of_memory_text(recipe: SFTRecipe | GRPORecipe, backend: Backend, peak: float, whole: float) -> str:
+def out_of_memory_text(recipe: SFTRecipe | GRPORecipe | None, backend: Backend, peak: float, whole: float) -> str:
     """Return what to do after a run needed more than a card has, its peak and size in GiB."""
     from malpyeong.doctor import lever_text, shape_of
 
-    shape = shape_of(recipe.model.name)
+    shape = shape_of(recipe.model.name) if recipe else None
     # The card was too small whatever the estimate says: aim for four fifths of what the estimate gives this recipe.
-    if shape is None:
+    if recipe is None:
+        lever = "halve training.batch_size"
+    elif shape is None:
         lever = "halve training.batch_size and double training.gradient_accumulation_steps"
     else:
         aim = min(whole, 0.8 * estimate_recipe(recipe, shape, backend).peak / 2**30)

@@ -7,7 +7,7 @@ For a question q with gold answer a and each rule c of the rule book::
 and the rules with the largest delta label the question. This needs the gold answer: it labels training data and has no
 place at test time. ``PPL`` of a choice question's options needs none: each option's verdict is scored without a rule.
 
-Prompt order. The rule stands in the system message, before the question, so that all questions share a rule's
+Prompt order. The rule stands before the question, as in the prompts of training, so that all questions share a rule's
 beginning, which is computed once; a pair costs the tokens of its question and answer alone. With the question first,
 the shared part would be the shorter one. docs/mining.md says what the order does to the ranking.
 
@@ -127,7 +127,7 @@ def make_plan(
         ids = prompt(context, records[0])
         if ids[-len(ends[0]) :] != ends[0]:
             raise InputError(
-                "the chat template or tokenizer of the model does not keep the rule, in the system message, apart "
+                "the chat template or tokenizer of the model does not keep the rule apart "
                 "from the question after it; choose another model"
             )
         heads.append(ids[: -len(ends[0])])

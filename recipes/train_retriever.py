@@ -152,7 +152,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     start_run(output, recipe, inputs)
     if checkpoint is not None:
         click.echo(f"going on from {checkpoint}")
-    with explain_out_of_memory():
+    with explain_out_of_memory(None):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if adapter_digest(model) == before:
         raise RuntimeError("training has not changed the model: nothing was learnt")

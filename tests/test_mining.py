@@ -226,9 +226,10 @@ def test_other_number_formats_agree_with_the_definition(form):
             assert ppl == pytest.approx(perplexity(model, prompt, plan.rows[row].answer), rel=5e-2)
 
 
-def test_a_template_that_puts_the_question_first_is_refused():
+def test_a_template_that_mixes_rule_and_question_is_refused():
     _, tokenizer = load_for_prediction(str(TINY_BASE), dtype="float32")
-    tokenizer.chat_template = tokenizer.chat_template.replace("in messages %", "in messages[::-1] %")
+    length_first = "(message['content'] | length | string) + message['content'] +"
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] +", length_first)
     with pytest.raises(InputError, match="choose another model"):
         make_plan(tokenizer, DEV[:3], RULES[:2], None, 1024, 2048)
 
