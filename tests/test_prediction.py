@@ -13,12 +13,15 @@ import torch
 
 from malpyeong.answer import answer_grammar, close_reason, format_problem, parse_answer, reason_grammar, write_answer
 from malpyeong.consensus import choose
+from malpyeong.context import Context, write_contexts
 from malpyeong.engines import MIN_CONSTRAINED_TOKENS, Decoding, TransformersEngine, VLLMEngine, finish
 from malpyeong.errors import InputError
 from malpyeong.model import load_for_prediction
 from malpyeong.options import options, verdicts
 from malpyeong.predict import Progress, predict
+from malpyeong.prompts import build_messages, prompt_ids
 from malpyeong.records import load_records, write_records
+from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from tests.conftest import ROOT
 
@@ -297,3 +300,20 @@ class Shown(predict.Progress):
 predict.Progress = Shown
 predict.main(sys.argv[1:])
 """
+
+
+def test_prompts_carry_the_context_that_training_had(tiny, command, run_module, tmp_path):
+    rule = load_rule_book(DATA / "rules.json")[0]
+    contexts = {QUESTIONS[0].id: Context(rules=(rule,), examples=(GOLD[20],))}
+    first, second = TransformersEngine(*tiny, contexts=contexts).prompts(QUESTIONS[:2])
+    assert first == prompt_ids(tiny[1], build_messages(QUESTIONS[0], [GOLD[20]], [rule]))
+    assert second == prompt_ids(tiny[1], build_messages(QUESTIONS[1]))
+
+    asked, file, output = load_records(command[3]), tmp_path / "근거.jsonl", tmp_path / "답.json"
+    write_contexts(file, asked[:11], [[(1.0, rule)]] * 11, [[]] * 11)
+    result = run_module(*command, output, "--context", file)
+    assert (result.returncode, output.exists()) == (2, False)
+    assert f'has no line for id "{asked[11].id}"' in result.stderr
+    write_contexts(file, asked, [[(1.0, rule)]] * 12, [[]] * 12)
+    assert run_module(*command, output, "--context", file).returncode == 0
+    assert len(load_records(output, "prediction")) == 12
