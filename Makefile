@@ -71,12 +71,18 @@ bench-decoding: $(STAMP) ## free, constrained and voted answers of the tiny mode
 # grpo-NAME, export-NAME, submit-NAME. GPU=t4|24gb|40gb|80gb states the card, MODEL= another hub id or a folder with weights.
 CARD  = $(if $(GPU),gpu=$(GPU)) $(if $(MODEL),"model.name=$(MODEL)")
 
+# Solved examples, and rules where DATA/rules.json is there (python -m malpyeong.retrieval and malpyeong.rules): the same
+# for every model and stage, so made once; remove RUNS/context*.jsonl after a change of the data.
+SEARCH = set --; test ! -e "$(DATA)/rules.json" || set -- --rules "$(DATA)/rules.json"; \
+  $(RUN) -m malpyeong.retrieval search "$$@" --examples "$(DATA)/train.json"
+
 sft-%: recipes/%/sft.yaml $(STAMP)
+	test -e "$(RUNS)/context.jsonl" || { $(SEARCH) "$(DATA)/train.json" "$(DATA)/dev.json" -o "$(RUNS)/context.jsonl"; }
 	$(RUN) recipes/sft.py $< data.train="$(DATA)/train.json" data.dev="$(DATA)/dev.json" \
-	  training.output="$(RUNS)/$*-sft" $(CARD) --resume auto
+	  data.context="$(RUNS)/context.jsonl" training.output="$(RUNS)/$*-sft" $(CARD) --resume auto
 
 grpo-%: recipes/%/grpo.yaml $(STAMP)
-	$(RUN) recipes/grpo.py $< data.train="$(DATA)/train.json" \
+	$(RUN) recipes/grpo.py $< data.train="$(DATA)/train.json" data.context="$(RUNS)/context.jsonl" \
 	  model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD) --resume auto
 
 doctor-%: recipes/%/grpo.yaml $(STAMP)
@@ -87,7 +93,9 @@ export-%: $(STAMP)
 	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged"
 
 submit-%: $(STAMP)
-	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(DATA)/test.json" -o "$(RUNS)/$*-test.json"
+	test -e "$(RUNS)/context-test.jsonl" || { $(SEARCH) "$(DATA)/test.json" -o "$(RUNS)/context-test.jsonl"; }
+	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(DATA)/test.json" -o "$(RUNS)/$*-test.json" \
+	  --context "$(RUNS)/context-test.jsonl"
 	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
 
 clean: ## remove the virtual environment and caches (runs/ stays)
