@@ -86,8 +86,12 @@ def sft_command(data, output, *overrides):
 def grpo_command(data, output, adapter, *overrides):
     files = (f"data.train={data / 'train.jsonl'}", f"model.adapter={adapter}", f"training.output={output}")
     group = ("training.batch_size=16", "training.num_generations=4", "training.max_completion_length=160")
-    steps = ("training.max_steps=6", "training.save_steps=2")
-    return ("recipes/grpo.py", "recipes/tiny/grpo.yaml", *files, *group, *steps, *overrides)
+    steps = ("training.max_steps=6", "training.save_steps=2", "training.learning_rate=2e-4")
+    weighted = (
+        "data.rewards={format: 1, exact_match: 1, rouge_1: 2}",
+        "training.multi_objective_aggregation=sum_then_normalize",
+    )
+    return ("recipes/grpo.py", "recipes/tiny/grpo.yaml", *files, *group, *steps, *weighted, *overrides)
 
 
 @pytest.fixture(scope="module")
