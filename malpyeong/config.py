@@ -53,12 +53,28 @@ class ModelBlock(Block):
     lora: LoraBlock = LoraBlock()
 
 
-class SFTData(Block):
-    """Files of the SFT stage. ``context``: rules and examples for both files (``malpyeong.retrieval search``)."""
+class PromptData(Block):
+    """What stands in the prompts beside the question.
+
+    ``context``: rules and solved examples (``malpyeong.retrieval search``). ``choice``: labels of the right rules (a
+    file of ``malpyeong.choice``); the model then names one of the context's rules before it answers.
+    """
+
+    context: str | None = None
+    choice: str | None = None
+
+    @model_validator(mode="after")
+    def _rules_to_choose_among(self) -> "PromptData":
+        if self.choice and not self.context:
+            raise ValueError("choice needs data.context, the rules to choose among")
+        return self
+
+
+class SFTData(PromptData):
+    """Files of the SFT stage; ``context`` and ``choice`` serve both."""
 
     train: str
     dev: str
-    context: str | None = None
 
 
 class SFTTraining(Block):
@@ -90,12 +106,10 @@ class ScorersBlock(Block):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
-class GRPOData(Block):
-    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``). ``context``: rules and solved
-    examples for the prompts (``malpyeong.retrieval search``)."""
+class GRPOData(PromptData):
+    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``)."""
 
     train: str
-    context: str | None = None
     rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     scorers: ScorersBlock | None = None
 
@@ -223,6 +237,8 @@ class GRPORecipe(Block):
         for name in self.data.rewards:
             if name not in REWARDS:
                 raise ValueError(f"data.rewards.{name}: unknown reward{_hint(name, REWARDS)}")
+            if name == "choice" and not self.data.choice:
+                raise ValueError("data.rewards.choice: needs data.choice, the labels of the right rules")
             for model in NEEDS.get(name, ()):
                 if getattr(self.data.scorers, model, None) is None:
                     raise ValueError(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from malpyeong import choice
 from malpyeong.answer import INSTRUCTION
 from malpyeong.context import Context
 from malpyeong.records import Record
@@ -18,42 +19,50 @@ Message = dict[str, str]
 TEMPLATE_OPTIONS: dict[str, Any] = {"enable_thinking": False, "date_string": "01 Jan 2025"}
 
 
-def build_messages(record: Record, examples: Sequence[Record] = (), rules: Sequence[Rule] = ()) -> list[Message]:
+def build_messages(
+    record: Record, examples: Sequence[Record] = (), rules: Sequence[Rule] = (), choose: bool = False
+) -> list[Message]:
     """Return the chat messages that ask a model for the answer of ``record``.
 
-    Rules and solved examples stand before the question, best first; without any, the prompt is the question alone.
+    Rules and solved examples stand before the question, in their order; without any, the prompt is the question alone.
+    ``choose`` asks to name one of the rules first (see ``malpyeong.choice``).
     """
     parts = []
     if rules:
         shown = [f"{number}. {rule.id}\n{rule.full_text}" for number, rule in enumerate(rules, 1)]
-        parts.append("\n\n".join(["[참고 규범]", *shown]))
+        parts.append("\n\n".join([choice.HEADING if choose else "[참고 규범]", *shown]))
     if examples:
         shown = [f"질문: {_question(example)}\n답: {example.answer}" for example in examples]
         parts.append("\n\n".join(["[풀이 예시]", *shown]))
     question = _question(record)
     return [
-        {"role": "system", "content": INSTRUCTION},
+        {"role": "system", "content": f"{INSTRUCTION} {choice.INSTRUCTION}" if choose else INSTRUCTION},
         {"role": "user", "content": "\n\n".join([*parts, f"[질문]\n{question}"]) if parts else question},
     ]
 
 
 def fit_messages(
-    tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context, max_prompt_length: int
-) -> tuple[list[Message], int]:
+    tokenizer: "PreTrainedTokenizerBase",
+    record: Record,
+    context: Context,
+    max_prompt_length: int,
+    choose: bool = False,
+) -> tuple[list[Message], Context]:
     """Return the chat messages with as much of ``context`` as fits.
 
     Whole rules and examples are dropped, the lowest-ranked first, never cut. A question that is too long by itself
-    comes back as it is: its length is the caller's to check.
+    comes back as it is: its length is the caller's to check. With ``choose`` the rules stand in another order than
+    that of their rank.
 
     Returns:
-        (messages, how many rules and examples were dropped).
+        (messages, the context as it is shown).
     """
-    kept = context
-    messages = build_messages(record, kept.examples, kept.rules)
-    while len(kept) and len(prompt_ids(tokenizer, messages)) > max_prompt_length:
-        kept = kept.without_worst()
-        messages = build_messages(record, kept.examples, kept.rules)
-    return messages, len(context) - len(kept)
+    while True:
+        rules = choice.shuffled(record, context.rules) if choose else context.rules
+        messages = build_messages(record, context.examples, rules, choose)
+        if not len(context) or len(prompt_ids(tokenizer, messages)) <= max_prompt_length:
+            return messages, Context(rules, context.examples)
+        context = context.without_worst()
 
 
 def _question(record: Record) -> str:

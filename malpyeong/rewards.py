@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from malpyeong.answer import contest_split, format_problem
+from malpyeong.choice import choice_reward, split_choice
 from malpyeong.scoring.exact_match import exact_match as score_exact_match
 from malpyeong.scoring.rouge import rouge_1 as score_rouge_1
 
@@ -108,6 +109,21 @@ def official(
     return finals
 
 
+def choice(
+    completions: Sequence[Completion],
+    gains: Sequence[Sequence[float]],
+    **_: Any,  # noqa: ANN401
+) -> Rewards:
+    """What the rule that the completion names first is worth (see :func:`malpyeong.choice.choice_reward`).
+
+    Args:
+        completions: with their tags.
+        gains: for each completion, how much each rule of its prompt helps.
+    """
+    chosen = [split_choice(completion_text(completion))[0] for completion in completions]
+    return [choice_reward(number, of_rules) for number, of_rules in zip(chosen, gains, strict=True)]
+
+
 def _of_reasons(
     completions: Sequence[Completion],
     reference: Sequence[str],
@@ -139,6 +155,7 @@ REWARDS: dict[str, RewardFunction] = {
     "bertscore": bertscore,
     "bleurt": bleurt,
     "official": official,
+    "choice": choice,
 }
 NEEDS = {"bertscore": ("bertscore",), "bleurt": ("bleurt",), "official": ("bertscore", "bleurt")}
 
@@ -213,7 +230,10 @@ class RewardRun:
             **columns: Any,  # noqa: ANN401
         ) -> Rewards:
             start = time.perf_counter()
-            rewards = function(completions=completions, **columns, **self._models)
+            judged = completions
+            if "gains" in columns and name != "choice":  # the model was asked to choose: its answer is what follows
+                judged = [split_choice(completion_text(completion))[1] for completion in completions]
+            rewards = function(completions=judged, **columns, **self._models)
             self._step_seconds += time.perf_counter() - start
             self._step[name] = rewards
             if name == list(self._weights)[-1]:

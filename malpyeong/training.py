@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from malpyeong.choice import Labels, best_choice, tag
 from malpyeong.config import GRPORecipe, SFTRecipe
 from malpyeong.context import Context
 from malpyeong.errors import InputError
@@ -26,21 +27,29 @@ def sft_dataset(
     records: Sequence[Record],
     max_length: int,
     contexts: Sequence[Context] | None = None,
+    choices: Sequence[Labels] | None = None,
 ) -> "Dataset":
     """Return ``input_ids`` and ``labels`` (-100 on the prompt: the loss is on the answer and its end) for each record.
 
     Rules and examples of ``contexts`` (one for each record) that do not fit are left out, and counted on the screen.
+    With ``choices`` (one for each record) the answer begins with the number of the rule that helps most.
 
     Raises:
         InputError: a record has more than ``max_length`` tokens.
     """
     from datasets import Dataset
 
-    answers = [completion_ids(tokenizer, record.answer or "") for record in records]
-    prompts = _messages(tokenizer, records, contexts, [max_length - len(answer) for answer in answers])
+    # A tag is as long as another: contexts hold fewer than ten rules.
+    tagged = [(tag(0) if choices else "") + (record.answer or "") for record in records]
+    limits = [max_length - len(completion_ids(tokenizer, answer)) for answer in tagged]
+    prompts = _messages(tokenizer, records, contexts, limits, choices is not None)
     rows = []
-    for messages, answer in zip(prompts, answers, strict=True):
-        prompt = prompt_ids(tokenizer, messages)
+    for place, (messages, shown) in enumerate(prompts):
+        chosen = tag(best_choice(choices[place].of(shown.rules))) if choices else ""
+        prompt, answer = (
+            prompt_ids(tokenizer, messages),
+            completion_ids(tokenizer, chosen + (records[place].answer or "")),
+        )
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
     return Dataset.from_list(rows)
@@ -54,8 +63,11 @@ def grpo_dataset(
     prompts: int,
     seed: int,
     contexts: Sequence[Context] | None = None,
+    choices: Sequence[Labels] | None = None,
 ) -> "Dataset":
     """Return ``prompt`` (chat messages), ``reference`` (the gold answer) and ``record_id``, in training order.
+
+    With ``choices`` also ``gains``: how much each rule of the prompt helps.
 
     The order is drawn here for the whole run, pass after pass over the records, because TRL's sampler starts its
     first pass again when a run is resumed in a later one.
@@ -68,18 +80,23 @@ def grpo_dataset(
         prompts: how many prompts the run uses.
         seed: of the order.
         contexts: rules and examples for each record; those that do not fit are left out, and counted on the screen.
+        choices: labels for each record, where the model is asked to choose among the rules.
 
     Raises:
         InputError: a prompt and a completion of full length have more than ``max_length`` tokens together.
     """
     from datasets import Dataset
 
-    messages = _messages(tokenizer, records, contexts, [max_length - max_completion_length] * len(records))
-    rows = [
-        {"prompt": prompt, "reference": record.answer, "record_id": record.id}
-        for prompt, record in zip(messages, records, strict=True)
+    limits = [max_length - max_completion_length] * len(records)
+    asked = _messages(tokenizer, records, contexts, limits, choices is not None)
+    rows: list[dict[str, Any]] = [
+        {"prompt": messages, "reference": record.answer, "record_id": record.id}
+        for (messages, _), record in zip(asked, records, strict=True)
     ]
-    lengths = [len(prompt_ids(tokenizer, prompt)) + max_completion_length for prompt in messages]
+    if choices is not None:
+        for row, labels, (_, shown) in zip(rows, choices, asked, strict=True):
+            row["gains"] = labels.of(shown.rules)
+    lengths = [len(prompt_ids(tokenizer, messages)) + max_completion_length for messages, _ in asked]
     check_lengths(records, lengths, max_length)
     rng = random.Random(seed)
     order: list[dict[str, Any]] = []
@@ -190,21 +207,22 @@ def _messages(
     records: Sequence[Record],
     contexts: Sequence[Context] | None,
     limits: Sequence[int],
-) -> list[list[Message]]:
-    """Return the prompt of each record, with as much of its context as leaves at most ``limits`` tokens."""
+    choose: bool,
+) -> list[tuple[list[Message], Context]]:
+    """Return each record's prompt and the context in it: as much as leaves at most ``limits`` tokens."""
     if contexts is None:
-        return [build_messages(record) for record in records]
+        return [(build_messages(record), Context()) for record in records]
     fitted = [
-        fit_messages(tokenizer, record, context, limit)
+        fit_messages(tokenizer, record, context, limit, choose)
         for record, context, limit in zip(records, contexts, limits, strict=True)
     ]
-    dropped = [count for _, count in fitted if count]
-    if dropped:
+    dropped = [len(context) - len(shown) for (_, shown), context in zip(fitted, contexts, strict=True)]
+    if any(dropped):
         click.echo(
             f"{sum(dropped)} of {sum(map(len, contexts))} rules and examples do not fit model.max_length and are left "
-            f"out, the lowest-ranked of {len(dropped)} of {len(records)} records"
+            f"out, the lowest-ranked of {sum(map(bool, dropped))} of {len(records)} records"
         )
-    return [messages for messages, _ in fitted]
+    return fitted
 
 
 def check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:

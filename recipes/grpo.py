@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 
+from malpyeong.choice import load_choice_labels
 from malpyeong.config import GRPORecipe, load_recipe
 from malpyeong.context import load_contexts
 from malpyeong.environment import prepare_environment
@@ -118,6 +119,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     contexts = load_contexts(recipe.data.context, records) if recipe.data.context else None
     if recipe.data.context:
         inputs.append(Path(recipe.data.context))
+    choices = load_choice_labels(recipe.data.choice, records) if recipe.data.choice else None
+    if recipe.data.choice:
+        inputs.append(Path(recipe.data.choice))
     if model_block.adapter:
         check_adapter(model_block.adapter)
         inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
@@ -144,7 +148,14 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     completions = training.batch_size * training.gradient_accumulation_steps
     prompts = generations * completions // training.num_generations
     dataset = grpo_dataset(
-        tokenizer, records, model_block.max_length, training.max_completion_length, prompts, training.seed, contexts
+        tokenizer,
+        records,
+        model_block.max_length,
+        training.max_completion_length,
+        prompts,
+        training.seed,
+        contexts,
+        choices,
     )
 
     stated = arguments(recipe, backend)

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from malpyeong.choice import Labels, load_choice_labels
 from malpyeong.config import SFTRecipe, load_recipe
 from malpyeong.context import Context, load_contexts
 from malpyeong.environment import prepare_environment
@@ -91,6 +92,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     if recipe.data.context:
         contexts = {name: load_contexts(recipe.data.context, records) for name, records in splits.items()}
         inputs.append(Path(recipe.data.context))
+    choices: dict[str, list[Labels]] = {}
+    if recipe.data.choice:
+        choices = {name: load_choice_labels(recipe.data.choice, records) for name, records in splits.items()}
+        inputs.append(Path(recipe.data.choice))
     if model_block.adapter:
         check_adapter(model_block.adapter)
         inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
@@ -111,7 +116,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     check(recipe, backend)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {
-        name: sft_dataset(tokenizer, records, model_block.max_length, contexts.get(name))
+        name: sft_dataset(tokenizer, records, model_block.max_length, contexts.get(name), choices.get(name))
         for name, records in splits.items()
     }
 

@@ -1,0 +1,196 @@
+"""Choosing a rule: prompt, tag, labels, reward."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from malpyeong import choice, rewards
+from malpyeong.choice import Labels, best_choice, choice_reward, load_choice_labels, shuffled, split_choice, tag
+from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.context import Context
+from malpyeong.errors import InputError
+from malpyeong.model import load_tokenizer
+from malpyeong.prompts import build_messages, fit_messages, prompt_ids
+from malpyeong.records import Record, load_records
+from malpyeong.rules import Rule, load_rule_book
+from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training import grpo_dataset, sft_dataset
+
+RULES = tuple(load_rule_book(DATA / "rules.json"))
+TRAIN = load_records(DATA / "train.json", answers="gold")[:12]
+ANSWER = '"올바른 문장이다."가 옳다. 이유가 있다.'
+
+
+def context(*rules: Rule) -> Context:
+    return Context(rules or RULES[:3])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"[규범 2] {ANSWER}", (2, ANSWER)),
+        (f"[규범 0] {ANSWER}", (0, ANSWER)),
+        (f"\n[규범 12]\n{ANSWER}", (12, ANSWER)),
+        (ANSWER, (None, ANSWER)),
+        (f"[규범] {ANSWER}", (None, f"[규범] {ANSWER}")),
+        (f"{ANSWER} [규범 1]", (None, f"{ANSWER} [규범 1]")),
+        (f"[규범 1] [규범 2] {ANSWER}", (1, f"[규범 2] {ANSWER}")),
+        ("[규범 ١] ", (None, "[규범 ١] ")),
+        ("", (None, "")),
+    ],
+)
+def test_the_tag_is_read_at_the_start_only(text, expected):
+    assert split_choice(text) == expected
+
+
+@given(st.integers(0, 99), st.text())
+def test_a_written_tag_comes_off_again(number, answer):
+    assert split_choice(tag(number) + answer) == (number, answer.lstrip())
+
+
+@given(st.text() | st.text(alphabet="[]규범 0123\n"))
+def test_any_text_is_read(text):
+    number, answer = split_choice(text)
+    assert text.endswith(answer)
+    assert 0.0 <= choice_reward(number, [0.0, 0.5]) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("number", "gains", "reward"),
+    [
+        (2, [0.0, 1.0, 0.0], 1.0),
+        (1, [0.0, 1.0, 0.0], 0.0),
+        (0, [0.0, 1.0, 0.0], 0.0),
+        (2, [0.4, 0.1], 0.25),
+        (1, [-0.2, 0.1], 0.0),
+        (0, [0.0, 0.0], 1.0),
+        (1, [0.0, 0.0], 0.0),
+        (1, [-0.1, 0.0], 0.0),
+        (0, [], 1.0),
+        (1, [], 0.0),
+        (4, [1.0, 0.0, 0.0], 0.0),
+        (None, [1.0, 0.0, 0.0], 0.0),
+        (None, [0.0], 0.0),
+    ],
+)
+def test_reward(number, gains, reward):
+    assert choice_reward(number, gains) == pytest.approx(reward)
+
+
+def test_the_best_choice_earns_the_most():
+    for gains in ([0.2, 0.9, 0.1], [0.0, 0.0], [-1.0], []):
+        earned = [choice_reward(number, gains) for number in range(len(gains) + 1)]
+        assert earned[best_choice(gains)] == max(earned) == 1.0
+
+
+def test_naming_every_candidate_earns_no_more_than_naming_the_first():
+    texts = [f"[규범 1] [규범 2] [규범 3] {ANSWER}", f"[규범 1] {ANSWER}", f"[규범 999] {ANSWER}"]
+    assert rewards.choice(texts, [[0.0, 1.0, 0.0]] * 3) == [0.0, 0.0, 0.0]
+
+
+def test_other_rewards_see_the_answer_without_its_tag():
+    columns = {"reference": [ANSWER] * 3, "prompts": [[]] * 3, "record_id": ["1"] * 3, "gains": [[1.0], [1.0], [1.0]]}
+    completions = [f"[규범 1] {ANSWER}", ANSWER, f"[규범 1] [규범 1] {ANSWER}"]
+    run = rewards.RewardRun({"format": 1.0, "exact_match": 1.0, "choice": 1.0}, 3)
+    found = [function(completions=completions, **columns) for function in run.functions]
+    assert found == [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
+
+
+def test_the_order_shown_depends_on_the_question_alone():
+    record = TRAIN[0]
+    shown = shuffled(record, RULES[:5])
+    assert shown == shuffled(record, RULES[4::-1])
+    assert sorted(rule.id for rule in shown) == sorted(rule.id for rule in RULES[:5])
+    firsts = {shuffled(dataclasses.replace(record, question=f"질문 {number}"), RULES[:3])[0] for number in range(50)}
+    assert firsts == set(RULES[:3])
+
+
+def test_candidates_come_from_the_context_and_the_answer_changes_nothing():
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    record = TRAIN[0]
+    for answer in (None, record.answer, f"{RULES[9].id} {RULES[9].full_text}"):
+        asked = Record(record.id, record.question_type, record.question, answer)
+        messages, shown = fit_messages(tokenizer, asked, context(), 10_000, choose=True)
+        assert messages == build_messages(record, rules=shuffled(record, RULES[:3]), choose=True)
+        assert set(shown.rules) == set(RULES[:3])
+    system, user = (message["content"] for message in messages)
+    assert choice.INSTRUCTION in system
+    assert user.startswith(choice.HEADING)
+    assert [f"{number}. {rule.id}\n" in user for number, rule in enumerate(shown.rules, 1)] == [True] * 3
+
+
+def test_what_does_not_fit_is_dropped_by_rank_whatever_the_order_shown():
+    tokenizer, record = load_tokenizer(str(TINY_BASE)), TRAIN[0]
+    whole, _ = fit_messages(tokenizer, record, context(*RULES[:5]), 10_000, choose=True)
+    _, shown = fit_messages(tokenizer, record, context(*RULES[:5]), len(prompt_ids(tokenizer, whole)) - 1, choose=True)
+    assert set(shown.rules) == set(RULES[:4])
+
+
+def test_datasets_name_the_rule_as_it_is_numbered_in_the_prompt():
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    contexts = [context()] * len(TRAIN)
+    choices = [Labels({RULES[number % 4].id: 1.0}) for number in range(len(TRAIN))]  # every fourth is not a candidate
+    taught = sft_dataset(tokenizer, TRAIN, 1500, contexts, choices)
+    asked = grpo_dataset(tokenizer, TRAIN, 1500, 200, len(TRAIN), 0, contexts, choices)
+    gains = {row["record_id"]: row["gains"] for row in asked}
+    for place, (record, row) in enumerate(zip(TRAIN, taught, strict=True)):
+        number, answer = split_choice(tokenizer.decode([token for token in row["labels"] if token != -100]))
+        assert answer == f"{record.answer}{tokenizer.eos_token}"
+        assert number == best_choice(gains[record.id])
+        assert (number == 0) == (place % 4 == 3)
+        if number:
+            assert f"{number}. {RULES[place % 4].id}\n" in tokenizer.decode(row["input_ids"])
+
+
+def test_labels_are_given_or_mined(tmp_path):
+    given_, mined = tmp_path / "labels.json", tmp_path / "contexts.jsonl"
+    ids = [record.id for record in TRAIN]
+    given_.write_text(json.dumps({id_: {"rule": "가"} if id_ == ids[0] else "나" for id_ in ids}), "utf-8")
+    ratios = {"가": 0.2, "나": 0.005, "다": -0.1}
+    candidates = [
+        {"rule": rule, "ppl": 2.0, "delta": 0.1, "improvement_ratio": ratio} for rule, ratio in ratios.items()
+    ]
+    rows = [{"id": id_, "ppl_question": 2.1, "candidates": candidates, "options": []} for id_ in ids]
+    mined.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    assert load_choice_labels(given_, TRAIN[:2]) == [Labels({"가": 1.0}), Labels({"나": 1.0})]
+    assert load_choice_labels(mined, TRAIN[:1]) == [Labels({"가": 0.2})]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        "{",
+        '{"1": 3}',
+        '{"1": {"law": "가"}}',
+        '{"ppl_question": 1}',
+        '{"id": "1", "ppl_question": 2}\n{',
+    ],
+)
+def test_broken_labels_are_one_line(tmp_path, text):
+    path = tmp_path / "라벨.json"
+    path.write_text(text, "utf-8")
+    with pytest.raises(InputError, match=r"라벨\.json: ") as error:
+        load_choice_labels(path, TRAIN)
+    assert "\n" not in str(error.value)
+
+
+def test_a_record_without_a_label_is_named(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text("{}", "utf-8")
+    with pytest.raises(InputError, match=f'id "{TRAIN[0].id}"'):
+        load_choice_labels(path, TRAIN)
+
+
+def test_recipes_need_rules_to_choose_among_and_labels_to_reward():
+    with pytest.raises(InputError, match=r"data: choice needs data\.context"):
+        load_recipe("recipes/tiny/sft.yaml", ["data.choice=labels.json"], SFTRecipe)
+    with pytest.raises(InputError, match=r"data\.rewards\.choice: needs data\.choice"):
+        load_recipe("recipes/tiny/grpo.yaml", ["data.rewards={choice: 1}"], GRPORecipe)
+    both = ["data.choice=labels.json", "data.context=context.jsonl", "data.rewards={choice: 1, exact_match: 1}"]
+    assert load_recipe("recipes/tiny/grpo.yaml", both, GRPORecipe).data.rewards["choice"] == 1
