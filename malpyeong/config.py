@@ -258,12 +258,12 @@ class MiningModel(Block):
 
 
 class MiningData(Block):
-    """Questions with gold answers, the rule book, and (None: every rule) the rules that a retriever proposes, as JSONL
-    of ``{"id": record, "rules": [rule ids]}``."""
+    """Questions with gold answers, the rule book, and a context file (``malpyeong.retrieval search``) that says which
+    rules to try for each; None: every rule."""
 
     questions: str
     rules: str
-    candidates: str | None = None
+    context: str | None = None
 
 
 class MiningOutput(Block):

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from malpyeong.answer import subject_particle
-from malpyeong.errors import InputError
+from malpyeong.context import load_contexts
+from malpyeong.errors import InputError, printable
 from malpyeong.files import write_text
 from malpyeong.options import options
 from malpyeong.perplexity import Row, perplexities, perplexity, shared_prefix
@@ -262,34 +263,21 @@ def weights_digest(model: Any) -> str:  # noqa: ANN401 -- a transformers or PEFT
 
 
 def load_candidates(path: Path, records: Sequence[Record], rules: Sequence[Rule]) -> dict[str, list[str]]:
-    """Read which rules to try for each record: JSONL of ``{"id": record, "rules": [rule ids]}``.
+    """Read which rules to try for each record, from a context file (``malpyeong.retrieval search``).
 
     Raises:
-        InputError: the file cannot be read, a record is missing or stands twice, or a rule is unknown.
+        InputError: the file is defective, a record has no line, or a rule is not the rule book's.
     """
-    known = {rule.id for rule in rules}
-    candidates: dict[str, list[str]] = {}
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read as UTF-8; name the retriever's JSONL file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            id_, proposed = item["id"], list(item["rules"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'{path}: line {number}: expected {{"id": record, "rules": [rule ids]}}') from None
-        unknown = [rule for rule in proposed if rule not in known]
-        if unknown:
-            raise InputError(f'{path}: line {number}: the rule book has no rule "{unknown[0]}"')
-        if id_ in candidates:
-            raise InputError(f'{path}: line {number}: id "{id_}" stands twice')
-        candidates[id_] = proposed
-    missing = [record.id for record in records if record.id not in candidates]
-    if missing:
-        raise InputError(f'{path}: {len(missing)} records have no line, first id "{missing[0]}"')
+    known = {rule.id: rule for rule in rules}
+    candidates = {}
+    for record, context in zip(records, load_contexts(path, records), strict=True):
+        for rule in context.rules:
+            if known.get(rule.id) != rule:
+                raise InputError(
+                    f'{path}: id "{printable(record.id, 40)}": its rule "{printable(rule.id, 40)}" is not in the rule '
+                    "book as it stands there; make the file again with the same rule book"
+                )
+        candidates[record.id] = [rule.id for rule in context.rules]
     return candidates
 
 

@@ -53,10 +53,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
 
     records = load_records(data.questions, answers="gold")
     rules = load_rule_book(data.rules)
-    candidates = load_candidates(Path(data.candidates), records, rules) if data.candidates else None
+    candidates = load_candidates(Path(data.context), records, rules) if data.context else None
     files = {"questions": Path(data.questions), "rules": Path(data.rules)}
-    if data.candidates:
-        files["candidates"] = Path(data.candidates)
+    if data.context:
+        files["context"] = Path(data.context)
     inputs = list(files.values())
     if model_block.adapter:
         check_adapter(model_block.adapter)

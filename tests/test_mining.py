@@ -22,6 +22,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from malpyeong.context import write_contexts
 from malpyeong.errors import InputError
 from malpyeong.mining import (
     load_candidates,
@@ -373,18 +374,11 @@ def test_estimate_computes_nothing(folder, recipe, monkeypatch):
 # ---- what users get wrong
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "1 records have no line"),
-        ("{", "line 1: expected"),
-        ('{"id": "1", "rules": ["없음"]}', 'no rule "없음"'),
-        ('{"id": "1", "rules": 3}', "line 1: expected"),
-        ('{"id": "1", "rules": ["가"]}\n{"id": "1", "rules": ["가"]}', "stands twice"),
-    ],
-)
-def test_defective_candidates_are_one_line(content, message, tmp_path):
-    path = tmp_path / "candidates.jsonl"
-    path.write_text(content, "utf-8")
-    with pytest.raises(InputError, match=message):
-        load_candidates(path, [Record("1", "교정형", "질문", "답")], [Rule("가", "분류", "나")])
+def test_candidates_are_those_of_the_context_file_and_stand_in_the_rule_book(tmp_path):
+    record, rules = Record("1", "교정형", "질문", "답"), [Rule("가", "분류", "나"), Rule("다", "분류", "라")]
+    path = tmp_path / "context.jsonl"
+    write_contexts(path, [record], [[(2.0, rules[1]), (1.0, rules[0])]], [[]])
+    assert load_candidates(path, [record], rules) == {"1": ["다", "가"]}
+    for other in ([rules[0]], [rules[0], Rule("다", "분류", "고친 글")]):
+        with pytest.raises(InputError, match='id "1": its rule "다" is not in the rule book'):
+            load_candidates(path, [record], other)
