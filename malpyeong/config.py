@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from malpyeong.errors import InputError
 from malpyeong.gpus import Gpu, detect, dial
@@ -258,10 +258,10 @@ class MiningModel(Block):
 
 
 class MiningData(Block):
-    """Questions with gold answers, the rule book, and a context file (``malpyeong.retrieval search``) that says which
-    rules to try for each; None: every rule."""
+    """Files of questions with gold answers, the rule book, and a context file (``malpyeong.retrieval search``) that
+    says which rules to try for each; None: every rule."""
 
-    questions: str
+    questions: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
     rules: str
     context: str | None = None
 

@@ -199,7 +199,12 @@ def precision(dtype: str) -> dict[str, Any]:
     import torch
 
     chosen = pick_dtype(dtype)
-    return {"bf16": chosen == torch.bfloat16, "fp16": chosen == torch.float16}
+    # Without use_cpu the trainer refuses bf16 where there is no GPU.
+    return {
+        "bf16": chosen == torch.bfloat16,
+        "fp16": chosen == torch.float16,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
 
 
 def _messages(

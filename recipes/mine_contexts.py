@@ -21,10 +21,10 @@ from pathlib import Path
 import click
 
 from malpyeong.config import MiningRecipe, load_recipe
-from malpyeong.errors import InputError
-from malpyeong.files import check_writable, digest, write_text
+from malpyeong.errors import InputError, printable
+from malpyeong.files import check_writable, write_text
 from malpyeong.model import check_adapter, load_for_prediction, load_tokenizer
-from malpyeong.records import load_records
+from malpyeong.records import Record, load_records
 from malpyeong.rules import load_rule_book
 from malpyeong.runs import check_run, start_run
 
@@ -51,22 +51,26 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
         weights_digest,
     )
 
-    records = load_records(data.questions, answers="gold")
-    rules = load_rule_book(data.rules)
-    candidates = load_candidates(Path(data.context), records, rules) if data.context else None
-    files = {"questions": Path(data.questions), "rules": Path(data.rules)}
-    if data.context:
-        files["context"] = Path(data.context)
-    inputs = list(files.values())
+    records: dict[str, Record] = {}
+    for path in data.questions:
+        for record in load_records(path, answers="gold"):
+            if record.id in records:
+                raise InputError(
+                    f'{path}: id "{printable(record.id, 40)}" is in an earlier file too; mine it by itself'
+                )
+            records[record.id] = record
+    questions, rules = list(records.values()), load_rule_book(data.rules)
+    candidates = load_candidates(Path(data.context), questions, rules) if data.context else None
+    inputs = [Path(path) for path in (*data.questions, data.rules, data.context) if path]
     if model_block.adapter:
         check_adapter(model_block.adapter)
         inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
     plan = make_plan(
-        load_tokenizer(model_block.name), records, rules, candidates, model_block.max_length, mining.batch_tokens
+        load_tokenizer(model_block.name), questions, rules, candidates, model_block.max_length, mining.batch_tokens
     )
     click.echo(
-        f"{len(records)} questions, {len(rules)} rules: {plan.pairs:,} perplexities, {plan.tokens:,} tokens to compute "
-        f"({plan.naive_tokens:,} with a whole forward for each)"
+        f"{len(questions)} questions, {len(rules)} rules: {plan.pairs:,} perplexities, {plan.tokens:,} tokens to "
+        f"compute ({plan.naive_tokens:,} with a whole forward for each)"
     )
     if estimate:
         return
@@ -83,11 +87,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
         model_block.name, model_block.adapter, model_block.dtype, model_block.load_in_4bit
     )
     start_run(output, recipe, inputs)
-    header = {
-        "weights": weights_digest(model),
-        "tokens": plan.digest(),
-        **{name: digest(path) for name, path in files.items()},
-    }
+    # The tokens are of every question and rule as it is read, so that no file can be another unnoticed.
+    header = {"weights": weights_digest(model), "tokens": plan.digest()}
     found = open_part(part, header, plan)
     costs = [plan.cost(batch) for batch in plan.batches]
     with (
@@ -105,8 +106,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
                 f"the GPU's memory does not suffice; halve mining.batch_tokens={mining.batch_tokens} and start again "
                 "in another output folder"
             ) from None
-    rows = ranked(plan, records, rules, found, mining.top_k)
-    counts = {"questions": len(records), "rules": len(rules), "perplexities": plan.pairs, "tokens": plan.tokens}
+    rows = ranked(plan, questions, rules, found, mining.top_k)
+    counts = {"questions": len(questions), "rules": len(rules), "perplexities": plan.pairs, "tokens": plan.tokens}
     write_text(output / "mining.json", json.dumps({"sha256": header, **counts}, indent=2) + "\n")
     write_text(result, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     part.unlink()

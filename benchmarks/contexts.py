@@ -1,0 +1,182 @@
+"""What the context in the prompt is worth: nothing, rules, solved examples, both, and rules that the model chooses.
+
+    make bench-contexts                                   (hours on two cores; goes on where it stopped)
+    python -m benchmarks.contexts --seed 0 --seed 1 -o runs/contexts
+
+For each seed and each kind of context the tiny model is fine-tuned with that context in its prompts (SFT, one epoch of
+half of the train split), and answers the sample test and unseen questions with the same kind. Candidates and examples
+are what BM25 finds. Of the model that was trained with the retrieved rule two more rows come without training:
+the same questions with a random rule and with the labelled one (oracle) in its place. ``choice`` sees three rules in
+any order and names one first, after SFT, and after GRPO on top of it (recipes/tiny-choice).
+"""
+
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import click
+
+from malpyeong.choice import Labels, load_choice_labels
+from malpyeong.context import Context, load_contexts, write_contexts
+from malpyeong.evaluate import evaluate
+from malpyeong.files import write_text
+from malpyeong.records import Record, load_records, write_records
+from malpyeong.rules import Rule, load_rule_book
+from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.scoring.report import summarise
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+LABELS, RULES = DATA / "labels.json", DATA / "rules.json"
+SPLITS = ("test", "unseen")
+CANDIDATES = 3
+# Row → (the context that the model was trained with, the context that it is asked with).
+ROWS = {
+    "no context": ("none", "none"),
+    "retrieved rule": ("rule", "rule"),
+    "… a random rule instead": ("rule", "random"),
+    "… the labelled rule instead (oracle)": ("rule", "oracle"),
+    "retrieved example": ("example", "example"),
+    "retrieved rule and example": ("both", "both"),
+    "choice of three rules, SFT": ("choice", "choice"),
+    "choice of three rules, SFT + GRPO": ("choice-grpo", "choice"),
+}
+
+
+def variants(record: Record, found: Context, label: Labels, rules: Sequence[Rule]) -> dict[str, Context]:
+    """Return every kind of context of one question, from what was retrieved for it."""
+    other = random.Random(record.question).choice([rule for rule in rules if rule.id not in label.gains])
+    return {
+        "rule": Context(found.rules[:1]),
+        "random": Context((other,)),
+        "oracle": Context(tuple(rule for rule in rules if rule.id in label.gains)),
+        "example": Context((), found.examples[:1]),
+        "both": Context(found.rules[:1], found.examples[:1]),
+        "choice": Context(found.rules),
+    }
+
+
+class Bench:
+    """The files under one folder, each made once."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def make(self, product: Path, *command: str | Path) -> Path:
+        """Run a command with this Python, unless what it makes is there."""
+        if not product.exists():
+            words = [str(word) for word in command]
+            click.secho(f"\n$ python {shlex.join(words)}", bold=True)
+            result = subprocess.run([sys.executable, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"})
+            if result.returncode:
+                raise SystemExit(result.returncode)
+        return product
+
+    def prepare(self) -> None:
+        """Write the training file and a context file of each kind."""
+        if (self.output / "choice.jsonl").exists():
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        train = load_records(DATA / "train.json", answers="gold")
+        write_records(self.output / "train.json", train[::2])
+        splits = [DATA / f"{split}.json" for split in ("train", "dev", "explore", *SPLITS)]
+        counts = ("--rules-k", str(CANDIDATES), "--examples-k", "1")
+        search = ("-m", "malpyeong.retrieval", "search", *splits, "--rules", RULES, "--examples", DATA / "train.json")
+        found = self.make(self.output / "retrieved.jsonl", *search, *counts, "-o", self.output / "retrieved.jsonl")
+        records = [record for split in splits for record in load_records(split, answers="gold")]
+        rules = load_rule_book(RULES)
+        labels = load_choice_labels(LABELS, records)
+        rows = [
+            variants(record, context, label, rules)
+            for record, context, label in zip(records, load_contexts(found, records), labels, strict=True)
+        ]
+        for kind in rows[0]:  # the scores are of no use from here on
+            ranked = [row[kind] for row in rows]
+            write_contexts(
+                self.output / f"{kind}.jsonl",
+                records,
+                [[(-float(place), rule) for place, rule in enumerate(context.rules)] for context in ranked],
+                [[(-float(place), one) for place, one in enumerate(context.examples)] for context in ranked],
+            )
+
+    def train(self, kind: str, seed: int) -> Path:
+        """Return the adapter that was trained with one kind of context."""
+        run = self.output / f"{kind}-{seed}"
+        context = self.output / f"{kind.removesuffix('-grpo')}.jsonl"
+        common = (f"training.output={run}", f"training.seed={seed}", f"data.context={context}", "--resume", "auto")
+        if kind == "choice-grpo":
+            recipe = (RECIPES / "grpo.py", RECIPES / "tiny-choice" / "grpo.yaml")
+            return self.make(run / "adapter", *recipe, f"model.adapter={self.train('choice', seed)}", *common)
+        choice = () if kind == "choice" else ("data.choice=null",)
+        no_context = ("data.context=null",) if kind == "none" else ()
+        recipe = (RECIPES / "sft.py", RECIPES / "tiny-choice" / "sft.yaml")
+        return self.make(
+            run / "adapter", *recipe, f"data.train={self.output / 'train.json'}", *choice, *common, *no_context
+        )
+
+    def measure(self, trained: str, asked: str, seed: int) -> dict[str, float]:
+        """Return one row of one seed."""
+        adapter = self.train(trained, seed)
+        measured: dict[str, float] = {}
+        for split in SPLITS:
+            answers = self.output / f"{trained}-{seed}" / f"{asked}-{split}.json"
+            choices = answers.with_suffix(".choices.jsonl")
+            context = () if asked == "none" else ("--context", self.output / f"{asked}.jsonl")
+            choose = ("--choices", choices) if asked == "choice" else ()
+            predict = ("-m", "malpyeong.predict", TINY_BASE, DATA / f"{split}_questions.json", "--adapter", adapter)
+            size = ("--batch-size", "64", "--max-new-tokens", "208", "--decoding", "free", "--no-repair")
+            self.make(answers, *predict, *context, *choose, *size, "-o", answers)
+            summary = summarise(evaluate(DATA / f"{split}.json", answers))
+            measured |= {f"{split} EM": summary["exact_match"], f"{split} ROUGE-1": summary["rouge_1"]}
+            if asked != "none" and asked != "example":
+                measured[f"{split} right rule"] = self.right(asked, split, choices)
+        return measured
+
+    def right(self, asked: str, split: str, choices: Path) -> float:
+        """Return how often the labelled rule was the one that was named, or the only one shown."""
+        records = load_records(DATA / f"{split}.json", answers="gold")
+        labels = load_choice_labels(LABELS, records)
+        if asked == "choice":
+            named = {row["id"]: row["rule"] for row in map(json.loads, choices.read_text("utf-8").splitlines())}
+            return fmean(named[record.id] in label.gains for record, label in zip(records, labels, strict=True))
+        contexts = load_contexts(self.output / f"{asked}.jsonl", records)
+        return fmean(any(label.of(context.rules)) for context, label in zip(contexts, labels, strict=True))
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Return Markdown: mean of the seeds, and their standard deviation where there are several."""
+    columns = [f"{split} {what}" for split in SPLITS for what in ("EM", "ROUGE-1", "right rule")]
+    lines = [f"| context | {' | '.join(columns)} |", "|-" * (len(columns) + 1) + "|"]
+    for name, seeds in rows.items():
+        cells = []
+        for column in columns:
+            values = [row[column] for row in seeds if column in row]
+            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{fmean(values):.3f}{spread}" if values else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/contexts"), show_default=True)
+def main(seeds: Sequence[int], output: Path) -> None:
+    """Train, answer and measure; write OUTPUT/results.json and print the table."""
+    bench = Bench(output)
+    bench.prepare()
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ROWS}
+    for seed in seeds:
+        for name, (trained, asked) in ROWS.items():
+            rows[name].append(bench.measure(trained, asked, seed))
+    write_text(output / "results.json", json.dumps({"seeds": seeds, "rows": rows}, ensure_ascii=False, indent=2) + "\n")
+    click.echo(f"\nseeds {', '.join(map(str, seeds))}\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()
