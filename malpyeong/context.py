@@ -51,15 +51,14 @@ def load_contexts(path: str | Path, records: Sequence[Record]) -> list[Context]:
             if key in found:
                 raise InputError(f'{where}: id "{printable(key[0], 40)}" has a line already; keep one of them')
             found[key] = context
-    contexts = []
-    for record in records:
-        if (record.id, record.question) not in found:
-            raise InputError(
-                f'{path}: has no line for id "{printable(record.id, 40)}" with this question; make it with '
-                "python -m malpyeong.retrieval search from every question file that is used"
-            )
-        contexts.append(found[record.id, record.question])
-    return contexts
+    missing = [record.id for record in records if (record.id, record.question) not in found]
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of {len(records)} questions have no line (the first: id "
+            f'"{printable(missing[0], 40)}"); remove it and make it again with python -m malpyeong.retrieval search '
+            "from every question file that is used"
+        )
+    return [found[record.id, record.question] for record in records]
 
 
 def write_contexts(

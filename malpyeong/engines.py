@@ -182,7 +182,7 @@ class VLLMEngine:
         decoding: Decoding,
         contexts: Mapping[str, Context] | None = None,
     ) -> None:
-        from malpyeong.model import check_adapter, load_tokenizer
+        from malpyeong.model import check_adapter, tokenizer_for_prediction
 
         if decoding.samples > 1:
             raise InputError("samples are drawn with the transformers engine; leave --engine out")
@@ -193,7 +193,8 @@ class VLLMEngine:
             raise InputError(
                 'vLLM is not installed; run pip install "malpyeong[vllm]" on a GPU machine, or leave --engine out'
             ) from None
-        self.decoding, self.tokenizer, self._contexts = decoding, load_tokenizer(model), contexts or {}
+        self.decoding, self._contexts = decoding, contexts or {}
+        self.tokenizer = tokenizer_for_prediction(model, adapter)
         rank = check_adapter(adapter).get("r", 16)
         self._adapter = LoRARequest("adapter", 1, adapter) if adapter else None
         self._llm = LLM(

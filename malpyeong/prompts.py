@@ -37,23 +37,40 @@ def build_messages(record: Record, examples: Sequence[Record] = (), rules: Seque
     ]
 
 
-def fit_messages(
-    tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context, max_prompt_length: int
-) -> tuple[list[Message], int]:
-    """Return the chat messages with as much of ``context`` as fits.
+def fit_contexts(
+    tokenizer: "PreTrainedTokenizerBase",
+    records: Sequence[Record],
+    contexts: Sequence[Context],
+    limits: Sequence[int],
+) -> list[Context]:
+    """Return as much of each record's context as leaves its prompt at most its limit's number of tokens.
 
     Whole rules and examples are dropped, the lowest-ranked first, never cut. A question that is too long by itself
-    comes back as it is: its length is the caller's to check.
-
-    Returns:
-        (messages, how many rules and examples were dropped).
+    keeps nothing: its length is the caller's to check.
     """
-    kept = context
-    messages = build_messages(record, kept.examples, kept.rules)
-    while len(kept) and len(prompt_ids(tokenizer, messages)) > max_prompt_length:
-        kept = kept.without_worst()
-        messages = build_messages(record, kept.examples, kept.rules)
-    return messages, len(context) - len(kept)
+    fitted = []
+    for record, context, limit in zip(records, contexts, limits, strict=True):
+        kept = context
+        while len(kept) and prompt_length(tokenizer, record, kept) > limit:
+            kept = kept.without_worst()
+        fitted.append(kept)
+    return fitted
+
+
+def left_out(contexts: Sequence[Context], fitted: Sequence[Context], limit: str) -> str:
+    """Return one line that says how much :func:`fit_contexts` has dropped, "" if nothing; ``limit`` names the limit."""
+    dropped = [len(context) - len(kept) for context, kept in zip(contexts, fitted, strict=True)]
+    if not any(dropped):
+        return ""
+    return (
+        f"{sum(dropped)} of {sum(map(len, contexts))} rules and examples do not fit {limit} and are left out, the "
+        f"lowest-ranked of {sum(map(bool, dropped))} of {len(contexts)} questions"
+    )
+
+
+def prompt_length(tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context) -> int:
+    """Return how many tokens the prompt of ``record`` has with all of ``context``."""
+    return len(prompt_ids(tokenizer, build_messages(record, context.examples, context.rules)))
 
 
 def _question(record: Record) -> str:
@@ -67,7 +84,12 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) ->
     same prompt (asserted in the tests).
     """
     encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **TEMPLATE_OPTIONS
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        tokenizer_kwargs={"verbose": False},  # no warning of a prompt over model_max_length: lengths are checked here
+        **TEMPLATE_OPTIONS,
     )
     return list(encoded["input_ids"])
 

@@ -12,7 +12,7 @@ from malpyeong.context import Context
 from malpyeong.errors import InputError
 from malpyeong.memory import Backend
 from malpyeong.model import pick_dtype
-from malpyeong.prompts import Message, build_messages, completion_ids, fit_messages, prompt_ids
+from malpyeong.prompts import Message, build_messages, completion_ids, fit_contexts, left_out, prompt_ids
 from malpyeong.records import Record
 from malpyeong.runs import adapter_digest, finish_run, has_ended, start_run
 
@@ -111,7 +111,7 @@ def train(
 
     Args:
         trainer: an SFTTrainer or GRPOTrainer.
-        tokenizer: saved beside the adapter.
+        tokenizer: saved beside the adapter, with ``model.max_length`` for its ``model_max_length``.
         recipe: written down in the run's folder.
         backend: that the model was loaded with.
         inputs: files that the run is made from.
@@ -139,6 +139,7 @@ def train(
     else:
         with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it
     finish_run(output, trainer.model, tokenizer, recipe.model.name, before, trainer.state.log_history)
 
 
@@ -194,17 +195,12 @@ def _messages(
     """Return the prompt of each record, with as much of its context as leaves at most ``limits`` tokens."""
     if contexts is None:
         return [build_messages(record) for record in records]
-    fitted = [
-        fit_messages(tokenizer, record, context, limit)
-        for record, context, limit in zip(records, contexts, limits, strict=True)
+    fitted = fit_contexts(tokenizer, records, contexts, limits)
+    if line := left_out(contexts, fitted, "model.max_length"):
+        click.echo(line)
+    return [
+        build_messages(record, context.examples, context.rules) for record, context in zip(records, fitted, strict=True)
     ]
-    dropped = [count for _, count in fitted if count]
-    if dropped:
-        click.echo(
-            f"{sum(dropped)} of {sum(map(len, contexts))} rules and examples do not fit model.max_length and are left "
-            f"out, the lowest-ranked of {len(dropped)} of {len(records)} records"
-        )
-    return [messages for messages, _ in fitted]
 
 
 def check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:

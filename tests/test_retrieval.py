@@ -14,7 +14,7 @@ from malpyeong.answer import contest_split
 from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError
 from malpyeong.model import load_tokenizer
-from malpyeong.prompts import build_messages, fit_messages, prompt_ids
+from malpyeong.prompts import build_messages, fit_contexts, left_out, prompt_ids, prompt_length
 from malpyeong.records import Record, load_records, write_records
 from malpyeong.retrieval.bm25 import BM25, terms
 from malpyeong.retrieval.evaluate import evaluate_examples, evaluate_rules, methods, rank_measures, rouge_matrix
@@ -302,7 +302,7 @@ def test_search_is_repeatable(folder, context_file, tmp_path):
 
 
 def test_contexts_of_another_question_are_refused(context_file):
-    with pytest.raises(InputError, match=r'no line for id "1" with this question'):
+    with pytest.raises(InputError, match=r'1 of 1 questions have no line \(the first: id "1"\)'):
         load_contexts(context_file, [correction("1", "다른 물음이다.")])
 
 
@@ -400,10 +400,12 @@ def test_context_that_does_not_fit_is_dropped_whole_from_the_end():
         kept.append(kept[-1].without_worst())
     assert [(len(one.rules), len(one.examples)) for one in kept] == [(2, 3), (2, 2), (1, 2), (1, 1), (0, 1), (0, 0)]
     for dropped, one in enumerate(kept):
-        messages = build_messages(record, one.examples, one.rules)
-        limit = len(prompt_ids(tokenizer, messages))
-        assert fit_messages(tokenizer, record, context, limit) == (messages, dropped)
-    assert fit_messages(tokenizer, record, context, 1) == (build_messages(record), 5)
+        limit = prompt_length(tokenizer, record, one)
+        assert fit_contexts(tokenizer, [record], [context], [limit]) == [one]
+        line = left_out([context, Context()], [one, Context()], "the limit")
+        assert line.startswith(f"{dropped} of 5 rules and examples do not fit the limit" if dropped else "")
+        assert bool(line) == bool(dropped)
+    assert fit_contexts(tokenizer, [record], [context], [1]) == [Context()]
 
 
 # Models
@@ -514,4 +516,4 @@ def test_recipes_refuse_a_context_file_of_other_questions(stage, context_file):
         [*command, "model.adapter=null"], cwd=DATA.parents[2], capture_output=True, text=True, encoding="utf-8"
     )
     assert result.returncode == 2
-    assert "has no line for id" in result.stderr
+    assert "questions have no line" in result.stderr
