@@ -9,8 +9,6 @@ Unsloth has to be imported before transformers, so nothing here imports transfor
 """
 
 import hashlib
-import importlib
-import importlib.util
 import json
 import os
 import random
@@ -254,6 +252,7 @@ def made_up_answers(references: list[str], step: int) -> list[str]:
 
 def run(case: Case, watch: Watch) -> None:
     """Run the case's recipe in this process."""
+    import malpyeong.doctor
     import malpyeong.training
 
     train = malpyeong.training.train
@@ -263,9 +262,8 @@ def run(case: Case, watch: Watch) -> None:
         train(trainer, *arguments, **options)
 
     malpyeong.training.train = watched
-    if not case.check and importlib.util.find_spec("malpyeong.doctor"):
-        doctor = importlib.import_module("malpyeong.doctor")
-        doctor.check = lambda *_: None
+    if not case.check:
+        malpyeong.doctor.check = lambda *_: None
     assert "transformers" not in sys.modules, "Unsloth must be imported before transformers"
     recipe = runpy.run_path(str(ROOT / "recipes" / case.script))["main"]
     recipe.main(list(case.arguments), standalone_mode=False)

@@ -7,7 +7,7 @@ its question, so one file may serve several splits even where their ids coincide
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,17 @@ EXPECTED = "the output of python -m malpyeong.retrieval search"
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Rules and solved questions for one question, best first."""
+    """Rules and solved questions for one question, best first.
+
+    Attributes:
+        rules: of the rule book.
+        examples: solved questions.
+        choose: the model is asked to name one of the rules before it answers (``malpyeong.choice``).
+    """
 
     rules: tuple[Rule, ...] = ()
     examples: tuple[Record, ...] = ()
+    choose: bool = False
 
     def __len__(self) -> int:
         return len(self.rules) + len(self.examples)
@@ -32,12 +39,12 @@ class Context:
     def without_worst(self) -> "Context":
         """Return the context less one: the lowest of the longer list, a rule where both are as long."""
         if len(self.examples) > len(self.rules):
-            return Context(self.rules, self.examples[:-1])
-        return Context(self.rules[:-1], self.examples)
+            return replace(self, examples=self.examples[:-1])
+        return replace(self, rules=self.rules[:-1])
 
 
-def load_contexts(path: str | Path, records: Sequence[Record]) -> list[Context]:
-    """Read the contexts of ``records``, in their order.
+def load_contexts(path: str | Path, records: Sequence[Record], choose: bool = False) -> list[Context]:
+    """Read the contexts of ``records``, in their order; ``choose`` as in :class:`Context`.
 
     Raises:
         InputError: a line is defective, a record has no line, or the record itself is among its examples.
@@ -51,15 +58,14 @@ def load_contexts(path: str | Path, records: Sequence[Record]) -> list[Context]:
             if key in found:
                 raise InputError(f'{where}: id "{printable(key[0], 40)}" has a line already; keep one of them')
             found[key] = context
-    contexts = []
-    for record in records:
-        if (record.id, record.question) not in found:
-            raise InputError(
-                f'{path}: has no line for id "{printable(record.id, 40)}" with this question; make it with '
-                "python -m malpyeong.retrieval search from every question file that is used"
-            )
-        contexts.append(found[record.id, record.question])
-    return contexts
+    missing = [record.id for record in records if (record.id, record.question) not in found]
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of {len(records)} questions have no line (the first: id "
+            f'"{printable(missing[0], 40)}"); remove it and make it again with python -m malpyeong.retrieval search '
+            "from every question file that is used"
+        )
+    return [found[record.id, record.question] for record in records]
 
 
 def write_contexts(

@@ -17,6 +17,7 @@ import click
 import yaml
 
 from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.context import Context, load_contexts
 from malpyeong.environment import prepare_environment, version_problems
 from malpyeong.errors import InputError
 from malpyeong.gpus import USABLE_GIB, nearest
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 Level = Literal["ok", "warning", "error"]
 AnyRecipe = SFTRecipe | GRPORecipe
+
+_NO_CONTEXT = Context()
 
 # What a tokenizer must give back as it was: compatibility jamo, old Hangul, hanja, IPA, quotes and dashes.
 SAMPLES = (
@@ -102,8 +105,14 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     except InputError as error:
         yield Finding("error", error.message)
         return
-    yield from examine_tokenizer(tokenizer, records)
-    yield from _lengths(recipe, tokenizer, records)
+    contexts = [_NO_CONTEXT] * len(records)
+    if recipe.data.context:
+        try:
+            contexts = load_contexts(recipe.data.context, records, recipe.data.choice is not None)
+        except InputError as error:
+            yield Finding("error", error.message)
+    yield from examine_tokenizer(tokenizer, records, contexts[0])
+    yield from _lengths(recipe, tokenizer, records, contexts)
 
 
 def _versions() -> Iterator[Finding]:
@@ -230,17 +239,20 @@ def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
             yield Finding("ok", f"{name}: {model} is here")
 
 
-def examine_tokenizer(tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record]) -> Iterator[Finding]:
+def examine_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], context: Context = _NO_CONTEXT
+) -> Iterator[Finding]:
     """Yield whether prompts and answers become tokens, and text again, as training and the contest need it.
 
     Args:
         tokenizer: from :func:`malpyeong.model.load_tokenizer`.
         records: with answers; the first hundred are tried.
+        context: of the first record, whose prompt is looked at.
     """
     from malpyeong.prompts import TEMPLATE_OPTIONS, build_messages, completion_ids
 
     record = records[0]
-    messages: Any = build_messages(record)
+    messages: Any = build_messages(record, context.examples, context.rules, context.choose)
 
     def render(more: Sequence[dict[str, str]] = (), header: bool = True, **options: Any) -> str:  # noqa: ANN401
         text = tokenizer.apply_chat_template(
@@ -325,20 +337,27 @@ def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
     )
 
 
-def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record]) -> Iterator[Finding]:
-    from malpyeong.prompts import build_messages, completion_ids, prompt_ids
+def _lengths(
+    recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], contexts: Sequence[Context]
+) -> Iterator[Finding]:
+    from malpyeong.prompts import completion_ids, fit_contexts, prompt_length
     from malpyeong.training import check_lengths
 
-    prompts = [len(prompt_ids(tokenizer, build_messages(record))) for record in records]
     answers = [len(completion_ids(tokenizer, record.answer or "")) for record in records]
     room = [recipe.training.max_completion_length] * len(records) if isinstance(recipe, GRPORecipe) else answers
     limit = recipe.model.max_length
+    fitted = fit_contexts(tokenizer, records, contexts, [limit - tokens for tokens in room])
+    prompts = [prompt_length(tokenizer, record, kept) for record, kept in zip(records, fitted, strict=True)]
     try:
         check_lengths(records, [prompt + answer for prompt, answer in zip(prompts, room, strict=True)], limit)
     except InputError as error:
         yield Finding("error", error.message)
     longest = max(answers)
     text = f"longest prompt {max(prompts)} tokens, longest answer {longest}; model.max_length is {limit}"
+    if any(contexts):
+        yield from _context(contexts, fitted, limit)
+        alone = max(prompt_length(tokenizer, record, _NO_CONTEXT) for record in records)
+        text = f"longest question alone {alone} tokens, {text}"
     if isinstance(recipe, GRPORecipe) and longest > recipe.training.max_completion_length:
         yield Finding(
             "warning",
@@ -347,6 +366,20 @@ def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", records: S
         )
     else:
         yield Finding("ok", text)
+
+
+def _context(contexts: Sequence[Context], fitted: Sequence[Context], limit: int) -> Iterator[Finding]:
+    from malpyeong.prompts import left_out
+
+    rules, examples = (sum(len(getattr(one, kind)) for one in contexts) for kind in ("rules", "examples"))
+    found = f"prompts with {rules} rules and {examples} solved examples for {len(contexts)} questions"
+    dropped = left_out(contexts, fitted, f"model.max_length={limit}")
+    bare = sum(bool(context) and not kept for context, kept in zip(contexts, fitted, strict=True))
+    if bare:
+        cure = "raise model.max_length, or search again with fewer (--rules-k, --examples-k)"
+        yield Finding("warning", f"{found}; {dropped}; {bare} questions keep none of theirs", cure)
+    else:
+        yield Finding("ok", f"{found}; {dropped or 'all of them fit'}")
 
 
 def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Iterator[Finding]:
@@ -358,19 +391,25 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     import torch
 
     from malpyeong.model import load_for_training
-    from malpyeong.prompts import build_messages, prompt_ids
-    from malpyeong.rewards import REWARDS, load_models
+    from malpyeong.prompts import build_messages, fit_contexts, prompt_ids
+    from malpyeong.rewards import RewardRun, load_models
+    from malpyeong.training import load_questions
 
     training, weights = recipe.training, recipe.data.rewards
-    records = load_records(recipe.data.train, answers="gold")[:groups]
-    scorers = {f"{name}_model": model for name, model in load_models(weights, recipe.data.scorers).items()}
+    questions = load_questions(recipe.data.train, recipe.data)
+    records = questions.records[:groups]
+    contexts = list(questions.contexts or [_NO_CONTEXT] * groups)[:groups]
+    run = RewardRun(weights, training.num_generations, load_models(weights, recipe.data.scorers))
     model, tokenizer = load_for_training(recipe.model, training.seed, training.gradient_checkpointing)
     if torch.cuda.is_available() and not recipe.model.load_in_4bit:  # 4-bit weights are there already
         model = model.to("cuda")
     model.eval()
+    room = recipe.model.max_length - training.max_completion_length
+    contexts = fit_contexts(tokenizer, records, contexts, [room] * len(records))
     dead = 0
-    for record in records:
-        prompt = torch.tensor([prompt_ids(tokenizer, build_messages(record))], device=model.device)
+    for place, (record, context) in enumerate(zip(records, contexts, strict=True)):
+        messages = build_messages(record, context.examples, context.rules, context.choose)
+        prompt = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
         with torch.no_grad():
             output = model.generate(
                 input_ids=prompt,
@@ -384,12 +423,11 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
                 pad_token_id=tokenizer.pad_token_id,
             )
         texts = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
-        references = [record.answer] * len(texts)
-        rewards = {
-            name: REWARDS[name](completions=texts, reference=references, **scorers)
-            for name, weight in weights.items()
-            if weight
-        }
+        columns: dict[str, Any] = {"reference": [record.answer] * len(texts)}
+        if questions.choices is not None:
+            columns["gains"] = [questions.choices[place].of(context.rules)] * len(texts)
+        found = [function(completions=texts, **columns) for function in run.functions]
+        rewards = {name: values for name, values in zip(weights, found, strict=True) if weights[name]}
         if all(len(set(values)) == 1 for values in rewards.values()):
             dead += 1
         ranges = ", ".join(f"{name} {_range(values)}" for name, values in rewards.items())

@@ -70,7 +70,10 @@ def _prompts(
 ) -> list[list[int]]:
     """Return each record's prompt, with the rules and examples that ``contexts`` has for its id."""
     found = [(record, contexts.get(record.id, Context())) for record in records]
-    return [prompt_ids(tokenizer, build_messages(record, context.examples, context.rules)) for record, context in found]
+    return [
+        prompt_ids(tokenizer, build_messages(record, context.examples, context.rules, context.choose))
+        for record, context in found
+    ]
 
 
 class TransformersEngine:
@@ -182,7 +185,7 @@ class VLLMEngine:
         decoding: Decoding,
         contexts: Mapping[str, Context] | None = None,
     ) -> None:
-        from malpyeong.model import check_adapter, load_tokenizer
+        from malpyeong.model import check_adapter, tokenizer_for_prediction
 
         if decoding.samples > 1:
             raise InputError("samples are drawn with the transformers engine; leave --engine out")
@@ -193,7 +196,8 @@ class VLLMEngine:
             raise InputError(
                 'vLLM is not installed; run pip install "malpyeong[vllm]" on a GPU machine, or leave --engine out'
             ) from None
-        self.decoding, self.tokenizer, self._contexts = decoding, load_tokenizer(model), contexts or {}
+        self.decoding, self._contexts = decoding, contexts or {}
+        self.tokenizer = tokenizer_for_prediction(model, adapter)
         rank = check_adapter(adapter).get("r", 16)
         self._adapter = LoRARequest("adapter", 1, adapter) if adapter else None
         self._llm = LLM(

@@ -1,13 +1,15 @@
-"""Reading text with one clear line for what is wrong, writing files whole or not at all, digests."""
+"""Reading text with one clear line for what is wrong, writing files whole or not at all, part files, digests."""
 
 import glob
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from malpyeong.errors import InputError
 
@@ -120,6 +122,69 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class PartFile:
+    """The finished pieces of long work in a file beside its result, so that a killed run goes on from there.
+
+    The first line says what the work is made of (digests, settings); each other line is a piece, as JSON. A line that a
+    kill tore is cut off. The file appears with the first piece.
+
+    Attributes:
+        path: the file, which need not exist.
+        pieces: what earlier starts have finished.
+
+    Raises:
+        InputError: the file holds pieces of other work, or is damaged.
+    """
+
+    def __init__(self, path: Path, made_of: Mapping[str, Any]) -> None:
+        self.path = path
+        self.pieces: list[Any] = []
+        self._header = json.dumps(made_of, ensure_ascii=False)
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        expected = json.loads(self._header)
+        try:
+            found, *self.pieces = [json.loads(line) for line in whole.splitlines()] or [expected]
+            different = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+        except (ValueError, TypeError):
+            raise self.damaged() from None
+        if different:
+            raise InputError(
+                f"{self.path}: holds the work of an unfinished run with another {' and '.join(different)}; go on "
+                "with the same command, or remove the file to start again"
+            )
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+
+    def damaged(self) -> InputError:
+        """Return the error for pieces that are not what the work's own are like."""
+        return InputError(f"{self.path}: is damaged; remove it to start again")
+
+    def add(self, piece: Any) -> None:  # noqa: ANN401 -- anything that JSON can hold
+        """Write a finished piece down.
+
+        Raises:
+            InputError: the file cannot be written; what is in it stays usable.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                if not file.tell():
+                    file.write(self._header + "\n")
+                file.write(json.dumps(piece, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}); make room and start again, to go on from there"
+            ) from None
+
+    def remove(self) -> None:
+        """Delete the file: the result is there."""
+        self.path.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:

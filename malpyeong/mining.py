@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from malpyeong.answer import subject_particle
 from malpyeong.context import load_contexts
 from malpyeong.errors import InputError, printable
-from malpyeong.files import write_text
+from malpyeong.files import PartFile
 from malpyeong.options import options
 from malpyeong.perplexity import Row, perplexities, perplexity, shared_prefix
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
@@ -216,39 +216,20 @@ def ranked(
     return results
 
 
-def open_part(path: Path, header: Mapping[str, Any], plan: Plan) -> list[list[float]]:
-    """Return what an earlier start has computed, having cut off a line that a kill tore; or begin the file.
+def computed(part: PartFile, plan: Plan) -> list[list[float]]:
+    """Return the perplexities of the batches that an earlier start has left in ``part``.
 
     Raises:
-        InputError: the file was made with other data, another model or other settings, or is damaged.
+        InputError: they are not those of the plan's first batches.
     """
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole:
-        write_text(path, json.dumps(header, ensure_ascii=False) + "\n")
-        return []
     try:
-        first, *lines = map(json.loads, whole.splitlines())
-        different = [name for name in header if first.get(name) != header[name]]
-        found = [line["ppl"] for line in lines]
-        fits = [line["batch"] for line in lines] == list(range(len(lines))) and len(lines) <= len(plan.batches)
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise InputError(f"{path}: is damaged; remove it to compute everything again") from None
-    if different:
-        raise InputError(
-            f"{path}: was computed with another {' and '.join(different)}; choose another output, or remove it to "
-            "compute everything again"
-        )
-    if not fits or any(len(ppl) != len(batch.rows) for ppl, batch in zip(found, plan.batches, strict=False)):
-        raise InputError(f"{path}: is damaged; remove it to compute everything again")
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
+        numbers, found = [piece["batch"] for piece in part.pieces], [list(piece["ppl"]) for piece in part.pieces]
+    except (KeyError, TypeError):
+        raise part.damaged() from None
+    sizes = [len(batch.rows) for batch in plan.batches[: len(found)]]
+    if numbers != list(range(len(found))) or list(map(len, found)) != sizes:
+        raise part.damaged()
     return found
-
-
-def part_line(number: int, found: Sequence[float]) -> str:
-    """Return the part file's line for a batch."""
-    return json.dumps({"batch": number, "ppl": list(found)}) + "\n"
 
 
 def weights_digest(model: Any) -> str:  # noqa: ANN401 -- a transformers or PEFT model

@@ -113,10 +113,7 @@ def load_for_prediction(
     """
     import torch
 
-    check_adapter(adapter)
-    # The adapter's tokenizer is the one that it was trained with: its eos may not be the base's.
-    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(str(adapter) if own else name)
+    tokenizer = tokenizer_for_prediction(name, adapter)
     model: Any = load_base(name, pick_dtype(dtype), load_in_4bit=load_in_4bit)
     stop_at_eos(model, tokenizer)
     if adapter:
@@ -124,6 +121,17 @@ def load_for_prediction(
     if torch.cuda.is_available() and not load_in_4bit:
         model = model.to("cuda")
     return model.eval(), tokenizer
+
+
+def tokenizer_for_prediction(name: str, adapter: str | None = None) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that a model, or the adapter on it, was trained with: its eos may not be the base's.
+
+    Its ``model_max_length`` is ``model.max_length`` of the recipe that trained it; of another model it is what its
+    files say, or a number beyond any length.
+    """
+    check_adapter(adapter)
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
+    return load_tokenizer(str(adapter) if own else name)
 
 
 def put_adapter(base: Any, adapter: str | Path, is_trainable: bool = False) -> Any:  # noqa: ANN401 -- PEFT models

@@ -5,12 +5,11 @@ crash or a kill, to the same file. What is written is repaired last (``malpyeong
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,11 +17,14 @@ from malpyeong.answer import format_problem
 from malpyeong.consensus import ReasonScore, choose, rouge_score
 from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError
-from malpyeong.files import check_writable, digest
+from malpyeong.files import PartFile, check_writable, digest
+from malpyeong.prompts import fit_contexts, left_out, prompt_length
 from malpyeong.records import Record, load_records, write_records
 from malpyeong.repair import repair
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from malpyeong.engines import Decoding, Engine
 
 
@@ -56,53 +58,6 @@ def predict(
         yield from ((place, choose(samples, score)) for place, samples in zip(places, answers, strict=True))
 
 
-class Progress:
-    """The answers of an unfinished prediction, in a file beside the output.
-
-    Its first line says what the answers are made of, each other line holds one record's. A line that was cut off by a
-    kill is dropped.
-
-    Raises:
-        InputError: the file holds answers that were made of something else.
-    """
-
-    def __init__(self, output: Path, made_of: dict[str, Any]) -> None:
-        self.path = output.with_name(f".{output.name}.part.jsonl")
-        self.answers: dict[str, str] = {}
-        self._made_of = made_of
-        if self.path.exists():
-            self._load(made_of)
-
-    def _load(self, made_of: dict[str, Any]) -> None:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        try:
-            header, *lines = [json.loads(line) for line in whole.splitlines()] or [made_of]
-            self.answers = {line["id"]: line["answer"] for line in lines}
-            differing = [key for key in made_of if header.get(key) != made_of[key]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{self.path}: is damaged; remove it to start again") from None
-        if differing:
-            raise InputError(
-                f"{self.path}: holds the answers of an unfinished run with another {', '.join(differing)}; "
-                "go on with the same command, or remove the file to start again"
-            )
-        if len(whole) < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-
-    def keep(self, record: Record, answer: str) -> None:
-        """Write one answer down."""
-        self.answers[record.id] = answer
-        with self.path.open("a", encoding="utf-8") as file:
-            for item in ([] if file.tell() else [self._made_of]) + [{"id": record.id, "answer": answer}]:
-                file.write(json.dumps(item, ensure_ascii=False) + "\n")
-
-    def remove(self) -> None:
-        """Delete the file: the output is there."""
-        self.path.unlink(missing_ok=True)
-
-
 def model_digest(name: str) -> str:
     """Return the SHA-256 over a model or adapter folder's files, or the name of what is no folder here (a hub id)."""
     folder = Path(name)
@@ -121,6 +76,30 @@ def repaired(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
         counts.update(kinds)
         mended.append(record.with_answer(answer))
     return mended, counts
+
+
+def fitted(
+    tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], contexts: Sequence[Context], max_new_tokens: int
+) -> list[Context]:
+    """Return as much of each record's context as leaves room for its answer, as in training; say what is left out.
+
+    Raises:
+        InputError: a question does not fit even by itself.
+    """
+    room = tokenizer.model_max_length - max_new_tokens
+    kept = fit_contexts(tokenizer, records, contexts, [room] * len(records))
+    limit = f"the model's {tokenizer.model_max_length} tokens"
+    lengths = [prompt_length(tokenizer, record, context) for record, context in zip(records, kept, strict=True)]
+    long = [(length, record.id) for length, record in zip(lengths, records, strict=True) if length > room]
+    if long:
+        longest, id_ = max(long)
+        raise InputError(
+            f"{len(long)} of {len(records)} questions do not fit {limit} with answers of {max_new_tokens} (the "
+            f'longest, id "{id_}", has {longest}); lower --max-new-tokens, or train with a larger model.max_length'
+        )
+    if line := left_out(contexts, kept, f"{limit} with answers of {max_new_tokens}"):
+        click.echo(line)
+    return kept
 
 
 def _engine(
@@ -166,7 +145,13 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Prediction file to write.")
 @click.option("--adapter", help="Folder of a LoRA adapter to put on MODEL.")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1))
-@click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--max-new-tokens",
+    default=320,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest answer; rules and examples that do not fit the model's length beside it are left out.",
+)
 @click.option(
     "--dtype",
     default="auto",
@@ -226,45 +211,52 @@ def main(
     records = load_records(questions)
     if output.exists() and output.samefile(questions):
         raise InputError(f"{output}: would overwrite the questions; choose another name")
-    contexts = {}
-    if context:
-        contexts = {record.id: its for record, its in zip(records, load_contexts(context, records), strict=True)}
+    contexts = load_contexts(context, records) if context else [Context()] * len(records)
     check_writable(output)
     from tqdm import tqdm
 
     from malpyeong.engines import Decoding
+    from malpyeong.model import tokenizer_for_prediction
 
     decoding = Decoding(decoding_name == "constrained", samples, temperature, seed, max_new_tokens)
+    tokenizer = tokenizer_for_prediction(model, adapter)
+    contexts = fitted(tokenizer, records, contexts, max_new_tokens)
     made_of = {
         "questions": digest(questions),
         "model": model_digest(model),
         "adapter": adapter and model_digest(adapter),
+        "context": context and digest(context),
         "settings": {
             **asdict(decoding),
             **{"batch_size": batch_size, "dtype": dtype, "load_in_4bit": load_in_4bit, "engine": engine_name},
             **{"bertscore_model": bertscore_model, "bleurt_model": bleurt_model},
+            "model_max_length": tokenizer.model_max_length,
         },
     }
-    if context:
-        made_of["context"] = digest(context)
-    progress = Progress(output, made_of)
-    done = {place for place, record in enumerate(records) if record.id in progress.answers}
+    part = PartFile(output.with_name(f".{output.name}.part.jsonl"), made_of)
+    try:
+        found = {piece["id"]: piece["answer"] for piece in part.pieces}
+    except (KeyError, TypeError):
+        raise part.damaged() from None
+    done = {place for place, record in enumerate(records) if record.id in found}
     if len(done) < len(records):
         if done:
-            click.echo(f"going on from {progress.path}: {len(done)} of {len(records)} answers are there")
-        engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, contexts)
+            click.echo(f"going on from {part.path}: {len(done)} of {len(records)} answers are there")
+        by_id = {record.id: its for record, its in zip(records, contexts, strict=True)}
+        engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, by_id)
         score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
         with tqdm(total=len(records), initial=len(done), desc="predict", unit="record") as bar:
             for place, answer in predict(engine, records, batch_size, done, score):
-                progress.keep(records[place], answer)
+                found[records[place].id] = answer
+                part.add({"id": records[place].id, "answer": answer})
                 bar.update(place not in done)
-    answered = [record.with_answer(progress.answers[record.id]) for record in records]
+    answered = [record.with_answer(found[record.id]) for record in records]
     if not no_repair:
         answered, counts = repaired(answered)
         for kind, count in counts.most_common():
             click.echo(f"repaired: {kind}: {count}")
     write_records(output, answered)
-    progress.remove()
+    part.remove()
     well_formed = sum(format_problem(record.answer or "") is None for record in answered)
     click.echo(f"{output}: {len(records)} answers, {well_formed} well formed")
 

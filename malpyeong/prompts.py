@@ -1,6 +1,7 @@
 """From a record to the tokens that a model reads: one rendering for SFT, GRPO and prediction."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from malpyeong import choice
@@ -41,28 +42,43 @@ def build_messages(
     ]
 
 
-def fit_messages(
+def fit_contexts(
     tokenizer: "PreTrainedTokenizerBase",
-    record: Record,
-    context: Context,
-    max_prompt_length: int,
-    choose: bool = False,
-) -> tuple[list[Message], Context]:
-    """Return the chat messages with as much of ``context`` as fits.
+    records: Sequence[Record],
+    contexts: Sequence[Context],
+    limits: Sequence[int],
+) -> list[Context]:
+    """Return as much of each record's context as leaves its prompt at most its limit's number of tokens.
 
     Whole rules and examples are dropped, the lowest-ranked first, never cut. A question that is too long by itself
-    comes back as it is: its length is the caller's to check. With ``choose`` the rules stand in another order than
-    that of their rank.
-
-    Returns:
-        (messages, the context as it is shown).
+    keeps nothing: its length is the caller's to check. Where the model chooses among the rules, they come in an order
+    that says nothing about their rank.
     """
-    while True:
-        rules = choice.shuffled(record, context.rules) if choose else context.rules
-        messages = build_messages(record, context.examples, rules, choose)
-        if not len(context) or len(prompt_ids(tokenizer, messages)) <= max_prompt_length:
-            return messages, Context(rules, context.examples)
-        context = context.without_worst()
+    fitted = []
+    for record, context, limit in zip(records, contexts, limits, strict=True):
+        kept = context
+        while len(kept) and prompt_length(tokenizer, record, kept) > limit:
+            kept = kept.without_worst()
+        if kept.choose:
+            kept = replace(kept, rules=choice.shuffled(record, kept.rules))
+        fitted.append(kept)
+    return fitted
+
+
+def left_out(contexts: Sequence[Context], fitted: Sequence[Context], limit: str) -> str:
+    """Return one line that says how much :func:`fit_contexts` has dropped, "" if nothing; ``limit`` names the limit."""
+    dropped = [len(context) - len(kept) for context, kept in zip(contexts, fitted, strict=True)]
+    if not any(dropped):
+        return ""
+    return (
+        f"{sum(dropped)} of {sum(map(len, contexts))} rules and examples do not fit {limit} and are left out, the "
+        f"lowest-ranked of {sum(map(bool, dropped))} of {len(contexts)} questions"
+    )
+
+
+def prompt_length(tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context) -> int:
+    """Return how many tokens the prompt of ``record`` has with all of ``context``."""
+    return len(prompt_ids(tokenizer, build_messages(record, context.examples, context.rules, context.choose)))
 
 
 def _question(record: Record) -> str:
@@ -76,7 +92,12 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) ->
     same prompt (asserted in the tests).
     """
     encoded: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **TEMPLATE_OPTIONS
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        tokenizer_kwargs={"verbose": False},  # no warning of a prompt over model_max_length: lengths are checked here
+        **TEMPLATE_OPTIONS,
     )
     return list(encoded["input_ids"])
 

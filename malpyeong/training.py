@@ -2,93 +2,134 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.choice import Labels, best_choice, tag
-from malpyeong.config import GRPORecipe, SFTRecipe
-from malpyeong.context import Context
+from malpyeong.choice import NONE, Labels, best_choice, load_choice_labels, tag
+from malpyeong.config import GRPORecipe, PromptData, SFTRecipe
+from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError
 from malpyeong.memory import Backend
-from malpyeong.model import pick_dtype
-from malpyeong.prompts import Message, build_messages, completion_ids, fit_messages, prompt_ids
-from malpyeong.records import Record
-from malpyeong.runs import adapter_digest, finish_run, has_ended, start_run
+from malpyeong.model import check_adapter, pick_dtype
+from malpyeong.prompts import Message, build_messages, completion_ids, fit_contexts, left_out, prompt_ids
+from malpyeong.records import Record, load_records
+from malpyeong.runs import adapter_digest, check_run, finish_run, has_ended, start_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
-def sft_dataset(
-    tokenizer: "PreTrainedTokenizerBase",
-    records: Sequence[Record],
-    max_length: int,
-    contexts: Sequence[Context] | None = None,
-    choices: Sequence[Labels] | None = None,
-) -> "Dataset":
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Training questions, and what stands in their prompts.
+
+    Attributes:
+        records: with gold answers.
+        contexts: rules and examples of each record, where the recipe names some.
+        choices: labels of each record, where the model is to choose among the rules of its context.
+    """
+
+    records: Sequence[Record]
+    contexts: Sequence[Context] | None = None
+    choices: Sequence[Labels] | None = None
+
+
+def load_questions(path: str, data: PromptData) -> Questions:
+    """Read a file of questions and, from the files that ``data`` names, what belongs to them.
+
+    Raises:
+        InputError: a file is defective, or has nothing for one of the records.
+    """
+    records = load_records(path, answers="gold")
+    contexts = load_contexts(data.context, records, choose=data.choice is not None) if data.context else None
+    return Questions(records, contexts, load_choice_labels(data.choice, records) if data.choice else None)
+
+
+def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[list[Path], Path | None] | None:
+    """Look at the run's folder before anything is loaded.
+
+    Returns:
+        (the files that the run is made from, the checkpoint to go on from or None), or None if the run has ended, which
+        is said on the screen.
+
+    Raises:
+        InputError: see :func:`malpyeong.runs.check_run`; or the recipe's adapter is none.
+    """
+    output = Path(recipe.training.output)
+    named = (getattr(recipe.data, name, None) for name in ("train", "dev", "context", "choice"))
+    inputs = [Path(path) for path in named if path]
+    if recipe.model.adapter:
+        check_adapter(recipe.model.adapter)
+        inputs.append(Path(recipe.model.adapter) / "adapter_model.safetensors")
+    checkpoint = check_run(output, recipe, inputs, resume)
+    if (output / "adapter").exists():
+        click.echo(f"{output / 'adapter'}: this run has ended already")
+        return None
+    return inputs, checkpoint
+
+
+def sft_dataset(tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_length: int) -> "Dataset":
     """Return ``input_ids`` and ``labels`` (-100 on the prompt: the loss is on the answer and its end) for each record.
 
-    Rules and examples of ``contexts`` (one for each record) that do not fit are left out, and counted on the screen.
-    With ``choices`` (one for each record) the answer begins with the number of the rule that helps most.
+    Rules and examples that do not fit are left out, and counted on the screen. Where the model chooses, its answer
+    begins with the number of the rule that helps most.
 
     Raises:
         InputError: a record has more than ``max_length`` tokens.
     """
     from datasets import Dataset
 
-    # A tag is as long as another: contexts hold fewer than ten rules.
-    tagged = [(tag(0) if choices else "") + (record.answer or "") for record in records]
+    records, choices = questions.records, questions.choices
+    answers = [record.answer or "" for record in records]
+    # Tags are alike in length: no prompt shows ten rules.
+    tagged = [tag(NONE) + answer for answer in answers] if choices else answers
     limits = [max_length - len(completion_ids(tokenizer, answer)) for answer in tagged]
-    prompts = _messages(tokenizer, records, contexts, limits, choices is not None)
+    asked = _messages(tokenizer, questions, limits)
+    if choices is not None:
+        numbers = [best_choice(labels.of(shown.rules)) for labels, (_, shown) in zip(choices, asked, strict=True)]
+        answers = [tag(number) + answer for number, answer in zip(numbers, answers, strict=True)]
     rows = []
-    for place, (messages, shown) in enumerate(prompts):
-        chosen = tag(best_choice(choices[place].of(shown.rules))) if choices else ""
-        prompt, answer = (
-            prompt_ids(tokenizer, messages),
-            completion_ids(tokenizer, chosen + (records[place].answer or "")),
-        )
-        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    for (messages, _), answer in zip(asked, answers, strict=True):
+        prompt, completion = prompt_ids(tokenizer, messages), completion_ids(tokenizer, answer)
+        rows.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
     check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
     return Dataset.from_list(rows)
 
 
 def grpo_dataset(
     tokenizer: "PreTrainedTokenizerBase",
-    records: Sequence[Record],
+    questions: Questions,
     max_length: int,
     max_completion_length: int,
     prompts: int,
     seed: int,
-    contexts: Sequence[Context] | None = None,
-    choices: Sequence[Labels] | None = None,
 ) -> "Dataset":
-    """Return ``prompt`` (chat messages), ``reference`` (the gold answer) and ``record_id``, in training order.
+    """Return ``prompt`` (chat messages), ``reference`` (the gold answer) and ``record_id``, in training order; where
+    the model chooses, also ``gains``: how much each rule of the prompt helps.
 
-    With ``choices`` also ``gains``: how much each rule of the prompt helps.
-
-    The order is drawn here for the whole run, pass after pass over the records, because TRL's sampler starts its
-    first pass again when a run is resumed in a later one.
+    Rules and examples that do not fit are left out, and counted on the screen. The order is drawn here for the whole
+    run, pass after pass over the records, because TRL's sampler starts its first pass again when a run is resumed in a
+    later one.
 
     Args:
         tokenizer: to count tokens.
-        records: the questions.
+        questions: what is asked.
         max_length: limit of prompt and completion together, in tokens.
         max_completion_length: tokens that a completion may have.
         prompts: how many prompts the run uses.
         seed: of the order.
-        contexts: rules and examples for each record; those that do not fit are left out, and counted on the screen.
-        choices: labels for each record, where the model is asked to choose among the rules.
 
     Raises:
         InputError: a prompt and a completion of full length have more than ``max_length`` tokens together.
     """
     from datasets import Dataset
 
-    limits = [max_length - max_completion_length] * len(records)
-    asked = _messages(tokenizer, records, contexts, limits, choices is not None)
+    records, choices = questions.records, questions.choices
+    asked = _messages(tokenizer, questions, [max_length - max_completion_length] * len(records))
     rows: list[dict[str, Any]] = [
         {"prompt": messages, "reference": record.answer, "record_id": record.id}
         for (messages, _), record in zip(asked, records, strict=True)
@@ -128,7 +169,7 @@ def train(
 
     Args:
         trainer: an SFTTrainer or GRPOTrainer.
-        tokenizer: saved beside the adapter.
+        tokenizer: saved beside the adapter, with ``model.max_length`` for its ``model_max_length``.
         recipe: written down in the run's folder.
         backend: that the model was loaded with.
         inputs: files that the run is made from.
@@ -156,6 +197,7 @@ def train(
     else:
         with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it
     finish_run(output, trainer.model, tokenizer, recipe.model.name, before, trainer.state.log_history)
 
 
@@ -208,26 +250,19 @@ def precision(dtype: str) -> dict[str, Any]:
 
 
 def _messages(
-    tokenizer: "PreTrainedTokenizerBase",
-    records: Sequence[Record],
-    contexts: Sequence[Context] | None,
-    limits: Sequence[int],
-    choose: bool,
+    tokenizer: "PreTrainedTokenizerBase", questions: Questions, limits: Sequence[int]
 ) -> list[tuple[list[Message], Context]]:
     """Return each record's prompt and the context in it: as much as leaves at most ``limits`` tokens."""
+    records, contexts = questions.records, questions.contexts
     if contexts is None:
         return [(build_messages(record), Context()) for record in records]
-    fitted = [
-        fit_messages(tokenizer, record, context, limit, choose)
-        for record, context, limit in zip(records, contexts, limits, strict=True)
+    fitted = fit_contexts(tokenizer, records, contexts, limits)
+    if line := left_out(contexts, fitted, "model.max_length"):
+        click.echo(line)
+    return [
+        (build_messages(record, context.examples, context.rules, context.choose), context)
+        for record, context in zip(records, fitted, strict=True)
     ]
-    dropped = [len(context) - len(shown) for (_, shown), context in zip(fitted, contexts, strict=True)]
-    if any(dropped):
-        click.echo(
-            f"{sum(dropped)} of {sum(map(len, contexts))} rules and examples do not fit model.max_length and are left "
-            f"out, the lowest-ranked of {sum(map(bool, dropped))} of {len(records)} records"
-        )
-    return fitted
 
 
 def check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:

@@ -25,16 +25,14 @@ from typing import Any
 
 import click
 
-from malpyeong.choice import load_choice_labels
 from malpyeong.config import GRPORecipe, load_recipe
-from malpyeong.context import load_contexts
 from malpyeong.environment import prepare_environment
 from malpyeong.memory import Backend
-from malpyeong.model import VLLM_SHARE, check_adapter, choose_backend, load_for_training
+from malpyeong.model import VLLM_SHARE, choose_backend, load_for_training
 from malpyeong.prompts import TEMPLATE_OPTIONS
-from malpyeong.records import load_records
 from malpyeong.rewards import RewardRun, load_models
-from malpyeong.runs import assert_arguments, check_run
+from malpyeong.runs import assert_arguments
+from malpyeong.training import grpo_dataset, load_questions, open_run, precision, train
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
@@ -42,8 +40,6 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
 
     Every one that matters is stated, and asserted once the trainer is made: Unsloth's trainers have other defaults.
     """
-    from malpyeong.training import precision
-
     model_block, training = recipe.model, recipe.training
     return {
         "output_dir": training.output,
@@ -113,22 +109,11 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     prepare_environment()
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
-    records = load_records(recipe.data.train, answers="gold")
-    output = Path(training.output)
-    inputs = [Path(recipe.data.train)]
-    contexts = load_contexts(recipe.data.context, records) if recipe.data.context else None
-    if recipe.data.context:
-        inputs.append(Path(recipe.data.context))
-    choices = load_choice_labels(recipe.data.choice, records) if recipe.data.choice else None
-    if recipe.data.choice:
-        inputs.append(Path(recipe.data.choice))
-    if model_block.adapter:
-        check_adapter(model_block.adapter)
-        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
-    checkpoint = check_run(output, recipe, inputs, resume == "auto")
-    if (output / "adapter").exists():
-        click.echo(f"{output / 'adapter'}: this run has ended already")
+    questions = load_questions(recipe.data.train, recipe.data)
+    opened = open_run(recipe, resume == "auto")
+    if opened is None:
         return
+    inputs, checkpoint = opened
 
     backend = choose_backend(model_block)
     if backend == "unsloth":
@@ -136,7 +121,6 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     from malpyeong.doctor import check
-    from malpyeong.training import grpo_dataset, train
 
     check(recipe, backend)
     models = load_models(weights, recipe.data.scorers)
@@ -148,14 +132,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     completions = training.batch_size * training.gradient_accumulation_steps
     prompts = generations * completions // training.num_generations
     dataset = grpo_dataset(
-        tokenizer,
-        records,
-        model_block.max_length,
-        training.max_completion_length,
-        prompts,
-        training.seed,
-        contexts,
-        choices,
+        tokenizer, questions, model_block.max_length, training.max_completion_length, prompts, training.seed
     )
 
     stated = arguments(recipe, backend)
@@ -170,7 +147,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     start = time.perf_counter()
     train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
     share = rewards.seconds / (time.perf_counter() - start)
-    click.echo(f"{output / 'adapter'}: {trainer.state.global_step} steps; the rewards took {share:.1%} of the time")
+    click.echo(
+        f"{training.output}/adapter: {trainer.state.global_step} steps; the rewards took {share:.1%} of the time"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import click
 
 from malpyeong.config import MiningRecipe, load_recipe
 from malpyeong.errors import InputError, printable
-from malpyeong.files import check_writable, write_text
+from malpyeong.files import PartFile, check_writable, write_text
 from malpyeong.model import check_adapter, load_for_prediction, load_tokenizer
 from malpyeong.records import Record, load_records
 from malpyeong.rules import load_rule_book
@@ -41,15 +41,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     import torch
     from tqdm import tqdm
 
-    from malpyeong.mining import (
-        load_candidates,
-        make_plan,
-        mine,
-        open_part,
-        part_line,
-        ranked,
-        weights_digest,
-    )
+    from malpyeong.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
 
     records: dict[str, Record] = {}
     for path in data.questions:
@@ -75,10 +67,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     if estimate:
         return
     output = Path(mining.output)
-    result, part = output / "contexts.jsonl", output / "contexts.part.jsonl"
+    result, kept = output / "contexts.jsonl", output / "contexts.part.jsonl"
     check_run(output, recipe, inputs, resume == "auto")
     if result.exists():
-        part.unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
         click.echo(f"{result}: this run has ended already")
         return
     check_writable(result)
@@ -89,16 +81,13 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     start_run(output, recipe, inputs)
     # The tokens are of every question and rule as it is read, so that no file can be another unnoticed.
     header = {"weights": weights_digest(model), "tokens": plan.digest()}
-    found = open_part(part, header, plan)
+    part = PartFile(kept, header)
+    found = computed(part, plan)
     costs = [plan.cost(batch) for batch in plan.batches]
-    with (
-        part.open("a", encoding="utf-8") as handle,
-        tqdm(total=sum(costs), initial=sum(costs[: len(found)]), desc="mine", unit="tok", unit_scale=True) as progress,
-    ):
+    with tqdm(total=sum(costs), initial=sum(costs[: len(found)]), desc="mine", unit="tok", unit_scale=True) as progress:
         try:
             for ppl in mine(model, plan, tokenizer.pad_token_id, done=len(found)):
-                handle.write(part_line(len(found), ppl))
-                handle.flush()
+                part.add({"batch": len(found), "ppl": ppl})
                 progress.update(costs[len(found)])
                 found.append(ppl)
         except torch.OutOfMemoryError:
@@ -110,7 +99,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     counts = {"questions": len(questions), "rules": len(rules), "perplexities": plan.pairs, "tokens": plan.tokens}
     write_text(output / "mining.json", json.dumps({"sha256": header, **counts}, indent=2) + "\n")
     write_text(result, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    part.unlink()
+    part.remove()
     click.echo(f"{result}: the {mining.top_k} best rules for each of {len(rows)} questions")
 
 

@@ -18,14 +18,12 @@ from typing import Any
 
 import click
 
-from malpyeong.choice import Labels, load_choice_labels
 from malpyeong.config import SFTRecipe, load_recipe
-from malpyeong.context import Context, load_contexts
 from malpyeong.environment import prepare_environment
 from malpyeong.memory import Backend
-from malpyeong.model import check_adapter, choose_backend, load_for_training
-from malpyeong.records import load_records
-from malpyeong.runs import assert_arguments, check_run
+from malpyeong.model import choose_backend, load_for_training
+from malpyeong.runs import assert_arguments
+from malpyeong.training import load_questions, open_run, precision, sft_dataset, train
 
 
 def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
@@ -33,8 +31,6 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
 
     Every one that matters is stated, and asserted once the trainer is made: Unsloth's trainers have other defaults.
     """
-    from malpyeong.training import precision
-
     model_block, training = recipe.model, recipe.training
     return {
         "output_dir": training.output,
@@ -85,24 +81,11 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     prepare_environment()
     recipe = load_recipe(recipe_file, overrides, SFTRecipe)
     model_block, training = recipe.model, recipe.training
-    splits = {name: load_records(getattr(recipe.data, name), answers="gold") for name in ("train", "dev")}
-    output = Path(training.output)
-    inputs = [Path(recipe.data.train), Path(recipe.data.dev)]
-    contexts: dict[str, list[Context]] = {}
-    if recipe.data.context:
-        contexts = {name: load_contexts(recipe.data.context, records) for name, records in splits.items()}
-        inputs.append(Path(recipe.data.context))
-    choices: dict[str, list[Labels]] = {}
-    if recipe.data.choice:
-        choices = {name: load_choice_labels(recipe.data.choice, records) for name, records in splits.items()}
-        inputs.append(Path(recipe.data.choice))
-    if model_block.adapter:
-        check_adapter(model_block.adapter)
-        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
-    checkpoint = check_run(output, recipe, inputs, resume == "auto")
-    if (output / "adapter").exists():
-        click.echo(f"{output / 'adapter'}: this run has ended already")
+    splits = {name: load_questions(getattr(recipe.data, name), recipe.data) for name in ("train", "dev")}
+    opened = open_run(recipe, resume == "auto")
+    if opened is None:
         return
+    inputs, checkpoint = opened
 
     backend = choose_backend(model_block)
     if backend == "unsloth":
@@ -111,14 +94,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from malpyeong.doctor import check
-    from malpyeong.training import sft_dataset, train
 
     check(recipe, backend)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
-    datasets = {
-        name: sft_dataset(tokenizer, records, model_block.max_length, contexts.get(name), choices.get(name))
-        for name, records in splits.items()
-    }
+    datasets = {name: sft_dataset(tokenizer, split, model_block.max_length) for name, split in splits.items()}
 
     stated = arguments(recipe, backend)
     trainer = SFTTrainer(
@@ -132,7 +111,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     assert_arguments(trainer.args, stated)
     train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
     best = trainer.state.best_metric
-    click.echo(f"{output / 'adapter'}: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
+    click.echo(f"{training.output}/adapter: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
 from malpyeong.context import Context
 from malpyeong.errors import InputError
 from malpyeong.model import load_tokenizer
-from malpyeong.prompts import build_messages, fit_messages, prompt_ids
+from malpyeong.prompts import build_messages, fit_contexts, prompt_length
 from malpyeong.records import Record, load_records
 from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import grpo_dataset, sft_dataset
+from malpyeong.training import Questions, grpo_dataset, sft_dataset
 
 RULES = tuple(load_rule_book(DATA / "rules.json"))
 TRAIN = load_records(DATA / "train.json", answers="gold")[:12]
@@ -25,7 +25,7 @@ ANSWER = '"올바른 문장이다."가 옳다. 이유가 있다.'
 
 
 def context(*rules: Rule) -> Context:
-    return Context(rules or RULES[:3])
+    return Context(rules or RULES[:3], choose=True)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,10 @@ def test_candidates_come_from_the_context_and_the_answer_changes_nothing():
     record = TRAIN[0]
     for answer in (None, record.answer, f"{RULES[9].id} {RULES[9].full_text}"):
         asked = Record(record.id, record.question_type, record.question, answer)
-        messages, shown = fit_messages(tokenizer, asked, context(), 10_000, choose=True)
-        assert messages == build_messages(record, rules=shuffled(record, RULES[:3]), choose=True)
-        assert set(shown.rules) == set(RULES[:3])
+        [shown] = fit_contexts(tokenizer, [asked], [context()], [10_000])
+        assert shown.rules == shuffled(record, RULES[:3])
+        messages = build_messages(asked, rules=shown.rules, choose=True)
+        assert messages == build_messages(record, rules=shown.rules, choose=True)
     system, user = (message["content"] for message in messages)
     assert choice.INSTRUCTION in system
     assert user.startswith(choice.HEADING)
@@ -124,17 +125,17 @@ def test_candidates_come_from_the_context_and_the_answer_changes_nothing():
 
 def test_what_does_not_fit_is_dropped_by_rank_whatever_the_order_shown():
     tokenizer, record = load_tokenizer(str(TINY_BASE)), TRAIN[0]
-    whole, _ = fit_messages(tokenizer, record, context(*RULES[:5]), 10_000, choose=True)
-    _, shown = fit_messages(tokenizer, record, context(*RULES[:5]), len(prompt_ids(tokenizer, whole)) - 1, choose=True)
+    limit = prompt_length(tokenizer, record, context(*RULES[:5])) - 1
+    [shown] = fit_contexts(tokenizer, [record], [context(*RULES[:5])], [limit])
     assert set(shown.rules) == set(RULES[:4])
 
 
 def test_datasets_name_the_rule_as_it_is_numbered_in_the_prompt():
     tokenizer = load_tokenizer(str(TINY_BASE))
-    contexts = [context()] * len(TRAIN)
     choices = [Labels({RULES[number % 4].id: 1.0}) for number in range(len(TRAIN))]  # every fourth is not a candidate
-    taught = sft_dataset(tokenizer, TRAIN, 1500, contexts, choices)
-    asked = grpo_dataset(tokenizer, TRAIN, 1500, 200, len(TRAIN), 0, contexts, choices)
+    questions = Questions(TRAIN, [context()] * len(TRAIN), choices)
+    taught = sft_dataset(tokenizer, questions, 1500)
+    asked = grpo_dataset(tokenizer, questions, 1500, 200, len(TRAIN), 0)
     gains = {row["record_id"]: row["gains"] for row in asked}
     for place, (record, row) in enumerate(zip(TRAIN, taught, strict=True)):
         number, answer = split_choice(tokenizer.decode([token for token in row["labels"] if token != -100]))

@@ -15,7 +15,7 @@ from malpyeong.model import load_for_training, load_tokenizer
 from malpyeong.prompts import prompt_ids
 from malpyeong.records import load_records
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import grpo_dataset, keep_adapter_in_float32, sft_dataset
+from malpyeong.training import Questions, grpo_dataset, keep_adapter_in_float32, sft_dataset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TOLERANCE = 0.15  # of the measured peak
@@ -113,13 +113,13 @@ def test_the_estimate_is_near_the_measured_peak(
     }
     size = {"batch_size": batch, "dtype_bytes": dtype.itemsize, "rank": RANK, "targets": TARGETS}
     if stage == "sft":
-        dataset = sft_dataset(tokenizer, records, 512)
+        dataset = sft_dataset(tokenizer, Questions(records), 512)
         arguments = SFTConfig(**common, max_length=512)
         trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
         size["max_length"] = max(len(row["input_ids"]) for row in dataset)
     else:
         length = 96
-        dataset = grpo_dataset(tokenizer, records, 512, length, batch * steps, 0)
+        dataset = grpo_dataset(tokenizer, Questions(records), 512, length, batch * steps, 0)
         trainer = GRPOTrainer(
             model,
             reward_funcs=lambda completions, **_: [float(index % 2) for index in range(len(completions))],

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,8 @@ from transformers import (
 
 from malpyeong.context import write_contexts
 from malpyeong.errors import InputError
-from malpyeong.mining import (
-    load_candidates,
-    make_plan,
-    mine,
-    open_part,
-    part_line,
-    ranked,
-    weights_digest,
-)
+from malpyeong.files import PartFile
+from malpyeong.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
 from malpyeong.model import load_for_prediction
 from malpyeong.perplexity import Row, perplexities, perplexity, shared_prefix
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
@@ -257,42 +251,32 @@ def test_weights_digest_sees_the_adapter():
 # ---- the part file
 
 
-@pytest.fixture
-def part(tiny, tmp_path):
-    plan = make_plan(tiny[1], DEV[:4], RULES[:3], None, 1024, 700)
-    path = tmp_path / "part.jsonl"
-    return path, plan
-
-
-def test_a_torn_line_is_cut_off(part):
-    path, plan = part
-    assert open_part(path, {"tokens": "a"}, plan) == []
-    values = [[float(number)] * len(batch.rows) for number, batch in enumerate(plan.batches[:3])]
-    whole = path.read_text() + "".join(map(part_line, range(3), values))
-    for torn in ("", '{"batch": 3, "pp', part_line(3, [1.5])[:-1]):
-        path.write_text(whole + torn)
-        assert open_part(path, {"tokens": "a"}, plan) == values
-        assert path.read_text() == whole
-    path.write_text('{"tok')
-    assert open_part(path, {"tokens": "a"}, plan) == []
-
-
-def test_a_part_file_of_something_else_is_refused(part):
-    path, plan = part
-    open_part(path, {"weights": "a", "rules": "b"}, plan)
-    with pytest.raises(InputError, match="another rules"):
-        open_part(path, {"weights": "a", "rules": "c"}, plan)
-
-
 @pytest.mark.parametrize(
-    "line", ['{"batch": 1, "ppl": [1.0]}\n', '{"batch": 0, "ppl": []}\n', "[]\n", "kaputt\n", '{"batch": 0}\n']
+    "pieces",
+    [
+        [{"batch": 1, "ppl": [1.0]}],
+        [{"batch": 0, "ppl": []}],
+        [[]],
+        [{"batch": 0}],
+        [{"batch": 0, "ppl": 3}],
+        [{"batch": number, "ppl": [1.0]} for number in range(3)],  # more than there are
+    ],
 )
-def test_a_damaged_part_file_is_refused(part, line):
-    path, plan = part
-    open_part(path, {"tokens": "a"}, plan)
-    path.write_text(path.read_text() + line)
-    with pytest.raises(InputError, match="is damaged"):
-        open_part(path, {"tokens": "a"}, plan)
+def test_a_part_file_whose_batches_are_not_the_plans_is_refused(pieces, tiny, tmp_path):
+    plan = make_plan(tiny[1], DEV[:1], RULES[:1], None, 1024, 1)
+    plan = replace(plan, batches=[batch for batch in plan.batches if batch.rows == (0,)])
+    assert len(plan.batches) == 2
+    right = [{"batch": 0, "ppl": [1.5]}, {"batch": 1, "ppl": [2.5]}]
+    for given in (right[:1], right, pieces):
+        part = PartFile(tmp_path / f"{given == pieces}{len(given)}", {})
+        for piece in given:
+            part.add(piece)
+        again = PartFile(part.path, {})
+        if given is pieces:
+            with pytest.raises(InputError, match="is damaged; remove it"):
+                computed(again, plan)
+        else:
+            assert computed(again, plan) == [[1.5], [2.5]][: len(given)]
 
 
 # ---- the recipe
@@ -349,7 +333,7 @@ def test_killed_and_started_again_gives_the_same_file(folder, recipe, monkeypatc
 
     # What was computed is believed, not computed again: a changed number comes through to the result.
     header, first, *lines = kept.decode().splitlines(keepends=True)
-    changed = part_line(0, [1.25, *json.loads(first)["ppl"][1:]])
+    changed = json.dumps({"batch": 0, "ppl": [1.25, *json.loads(first)["ppl"][1:]]}) + "\n"
     part.write_text("".join([header, changed, *lines]))
     assert recipe(folder, "killed", "--resume", "auto").exit_code == 0
     assert result.read_text("utf-8").count('"ppl_question": 1.25,') == 1

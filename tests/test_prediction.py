@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +11,18 @@ import time
 
 import pytest
 import torch
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from malpyeong.answer import answer_grammar, close_reason, format_problem, parse_answer, reason_grammar, write_answer
 from malpyeong.consensus import choose
 from malpyeong.context import Context, write_contexts
 from malpyeong.engines import MIN_CONSTRAINED_TOKENS, Decoding, TransformersEngine, VLLMEngine, finish
 from malpyeong.errors import InputError
-from malpyeong.model import load_for_prediction
+from malpyeong.files import PartFile
+from malpyeong.model import load_for_prediction, load_tokenizer, tokenizer_for_prediction
 from malpyeong.options import options, verdicts
-from malpyeong.predict import Progress, predict
-from malpyeong.prompts import build_messages, prompt_ids
+from malpyeong.predict import fitted, predict
+from malpyeong.prompts import build_messages, prompt_ids, prompt_length
 from malpyeong.records import load_records, write_records
 from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
@@ -250,25 +253,45 @@ def test_a_killed_prediction_goes_on_to_the_same_file(command, run_module, tmp_p
 
 
 def test_a_part_file_cut_anywhere_is_read(tmp_path):
-    made_of = {"questions": "abc"}
-    progress = Progress(tmp_path / "out.json", made_of)
-    for record in GOLD[:3]:
-        progress.keep(record, record.answer)
-    data = progress.path.read_bytes()
-    assert list(Progress(tmp_path / "other.json", made_of).answers) == []
-    assert not (tmp_path / ".other.json.part.jsonl").exists()
+    made_of = {"질문": "abc", "settings": {"seed": 0, "sizes": (1, 2)}}
+    pieces = [{"id": record.id, "answer": f"{record.answer}\r\u2028"} for record in GOLD[:3]]
+    part = PartFile(tmp_path / "이어 하기.jsonl", made_of)
+    assert not part.path.exists()
+    for piece in pieces:
+        part.add(piece)
+    data = part.path.read_bytes()
     for cut in [0, 1, 25, *random.Random(0).sample(range(len(data)), 60), len(data)]:
-        progress.path.write_bytes(data[:cut])
-        again = Progress(tmp_path / "out.json", made_of)
-        assert list(again.answers) == [record.id for record in GOLD[: max(0, data[:cut].count(b"\n") - 1)]]
-        for record in GOLD[:3]:
-            again.keep(record, record.answer)
-        assert Progress(tmp_path / "out.json", made_of).answers == {record.id: record.answer for record in GOLD[:3]}
-    with pytest.raises(InputError, match="another questions"):
-        Progress(tmp_path / "out.json", {"questions": "other"})
-    progress.path.write_text("[]\n3\n", encoding="utf-8")
-    with pytest.raises(InputError, match="damaged"):
-        Progress(tmp_path / "out.json", made_of)
+        part.path.write_bytes(data[:cut])
+        again = PartFile(part.path, made_of)
+        assert again.pieces == pieces[: max(0, data[:cut].count(b"\n") - 1)]
+        for piece in pieces[len(again.pieces) :]:
+            again.add(piece)
+        assert part.path.read_bytes() == data
+    again.remove()
+    again.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_file_of_other_work_is_refused(tmp_path):
+    part = PartFile(tmp_path / "part.jsonl", {"weights": "a", "rules": "b", "context": "c"})
+    part.add([1])
+    for other, named in (
+        ({"weights": "a", "rules": "x", "context": None}, "another rules and context;"),
+        ({"weights": "a", "rules": "b"}, "another context;"),
+        ({"weights": "a", "rules": "b", "context": "c", "seed": 1}, "another seed;"),
+    ):
+        with pytest.raises(InputError, match=named) as error:
+            PartFile(part.path, other)
+        assert "remove the file to start again" in error.value.message
+    for damaged in ("[]\n3\n", "null\n", "kaputt\n", '{"weights": "a"}\nkaputt\n{}\n', "\xff\n"):
+        part.path.write_text(damaged, encoding="latin-1")
+        with pytest.raises(InputError, match="is damaged; remove it"):
+            PartFile(part.path, {"weights": "a"})
+
+
+def test_a_part_file_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"cannot be written \(.*\); make room"):
+        PartFile(tmp_path / "none" / "part.jsonl", {}).add(1)
 
 
 def test_repairs_are_counted_and_can_be_left_out(run_module, tmp_path, command):
@@ -294,10 +317,10 @@ def test_repairs_are_counted_and_can_be_left_out(run_module, tmp_path, command):
 _HEADER = """
 import json, sys
 from malpyeong import predict
-class Shown(predict.Progress):
-    def keep(self, record, answer):
-        print(json.dumps(self._made_of, ensure_ascii=False)); sys.exit()
-predict.Progress = Shown
+class Shown(predict.PartFile):
+    def add(self, piece):
+        print(self._header); sys.exit()
+predict.PartFile = Shown
 predict.main(sys.argv[1:])
 """
 
@@ -313,7 +336,57 @@ def test_prompts_carry_the_context_that_training_had(tiny, command, run_module, 
     write_contexts(file, asked[:11], [[(1.0, rule)]] * 11, [[]] * 11)
     result = run_module(*command, output, "--context", file)
     assert (result.returncode, output.exists()) == (2, False)
-    assert f'has no line for id "{asked[11].id}"' in result.stderr
+    assert f'1 of 12 questions have no line (the first: id "{asked[11].id}")' in result.stderr
     write_contexts(file, asked, [[(1.0, rule)]] * 12, [[]] * 12)
     assert run_module(*command, output, "--context", file).returncode == 0
     assert len(load_records(output, "prediction")) == 12
+
+
+def test_contexts_are_fitted_to_the_length_that_training_saved(command, run_module, tmp_path):
+    """As training saves it beside the adapter and export in the merged folder: in the tokenizer."""
+    rules = load_rule_book(DATA / "rules.json")[:2]
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    asked = load_records(command[3])
+    whole = Context(rules=tuple(rules))
+    longest = max(prompt_length(tokenizer, record, whole) for record in asked)
+    model = tmp_path / "모형"
+    shutil.copytree(TINY_BASE, model)
+    context, output = tmp_path / "근거.jsonl", tmp_path / "답.json"
+    write_contexts(context, asked, [[(1.0, rule) for rule in rules]] * 12, [[]] * 12)
+    command[2] = str(model)
+    arguments = (*command, output, "--context", context)
+
+    def save(length):
+        tokenizer.model_max_length = length
+        tokenizer.save_pretrained(model)
+        assert tokenizer_for_prediction(str(model)).model_max_length == length
+        assert load_tokenizer(str(model), tokenizer_json=True).model_max_length == length
+
+    save(longest + 63)  # one token too few for the longest
+    expected = fitted(tokenizer, asked, [whole] * 12, 64)
+    short = sum(len(kept) < 2 for kept in expected)
+    assert 1 <= short < 12
+    process = run_module("-c", _HEADER, *arguments[2:])
+    assert json.loads(process.stdout.splitlines()[-1])["settings"]["model_max_length"] == longest + 63
+    line = f"{short} of 24 rules and examples do not fit the model's {longest + 63} tokens with answers of 64"
+    assert process.stdout.count(line) == 1
+    assert "sequence length" not in process.stderr  # transformers' warning
+
+    save(longest + 64)
+    part = tmp_path / ".답.json.part.jsonl"
+    header = json.loads(process.stdout.splitlines()[-1])
+    part.write_text(json.dumps(header) + "\n", "utf-8")
+    refused = run_module(*arguments)  # the folder's digest tells it too
+    assert "another model and settings" in refused.stderr
+    part.unlink()
+    result = run_module("-c", _HEADER, *arguments[2:])
+    assert "do not fit" not in result.stdout
+
+    alone = max((prompt_length(tokenizer, record, Context()), record.id) for record in asked)
+    save(alone[0] + 63)
+    result = run_module(*arguments)
+    assert (result.returncode, output.exists()) == (2, False)
+    assert f'the longest, id "{alone[1]}", has {alone[0]}); lower --max-new-tokens' in result.stderr
+
+    tokenizer.model_max_length = VERY_LARGE_INTEGER  # what a tokenizer has whose files say nothing
+    assert fitted(tokenizer, asked, [whole] * 12, 64) == [whole] * 12

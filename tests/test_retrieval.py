@@ -14,7 +14,7 @@ from malpyeong.answer import contest_split
 from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError
 from malpyeong.model import load_tokenizer
-from malpyeong.prompts import build_messages, fit_messages, prompt_ids
+from malpyeong.prompts import build_messages, fit_contexts, left_out, prompt_ids, prompt_length
 from malpyeong.records import Record, load_records, write_records
 from malpyeong.retrieval.bm25 import BM25, terms
 from malpyeong.retrieval.evaluate import evaluate_examples, evaluate_rules, methods, rank_measures, rouge_matrix
@@ -302,7 +302,7 @@ def test_search_is_repeatable(folder, context_file, tmp_path):
 
 
 def test_contexts_of_another_question_are_refused(context_file):
-    with pytest.raises(InputError, match=r'no line for id "1" with this question'):
+    with pytest.raises(InputError, match=r'1 of 1 questions have no line \(the first: id "1"\)'):
         load_contexts(context_file, [correction("1", "다른 물음이다.")])
 
 
@@ -400,10 +400,12 @@ def test_context_that_does_not_fit_is_dropped_whole_from_the_end():
         kept.append(kept[-1].without_worst())
     assert [(len(one.rules), len(one.examples)) for one in kept] == [(2, 3), (2, 2), (1, 2), (1, 1), (0, 1), (0, 0)]
     for dropped, one in enumerate(kept):
-        messages = build_messages(record, one.examples, one.rules)
-        limit = len(prompt_ids(tokenizer, messages))
-        assert fit_messages(tokenizer, record, context, limit) == (messages, dropped)
-    assert fit_messages(tokenizer, record, context, 1) == (build_messages(record), 5)
+        limit = prompt_length(tokenizer, record, one)
+        assert fit_contexts(tokenizer, [record], [context], [limit]) == [one]
+        line = left_out([context, Context()], [one, Context()], "the limit")
+        assert line.startswith(f"{dropped} of 5 rules and examples do not fit the limit" if dropped else "")
+        assert bool(line) == bool(dropped)
+    assert fit_contexts(tokenizer, [record], [context], [1]) == [Context()]
 
 
 # Models
@@ -489,21 +491,21 @@ def test_evaluate_with_models(folder, embedder, cross_encoder):
 
 
 def test_training_prompts_carry_what_fits(capsys):
-    from malpyeong.training import grpo_dataset, sft_dataset
+    from malpyeong.training import Questions, grpo_dataset, sft_dataset
 
     tokenizer, records = load_tokenizer(str(TINY_BASE)), TRAIN[:2]
     contexts = [Context(tuple(RULES[:1]), tuple(TRAIN[5:7])), Context()]
-    whole = sft_dataset(tokenizer, records, 2_000, contexts)
+    whole = sft_dataset(tokenizer, Questions(records, contexts), 2_000)
     expected = prompt_ids(tokenizer, build_messages(records[0], TRAIN[5:7], RULES[:1]))
     assert whole[0]["input_ids"][: len(expected)] == expected
     assert whole[0]["labels"][: len(expected)] == [-100] * len(expected)
-    assert whole[1] == sft_dataset(tokenizer, records, 2_000)[1]
+    assert whole[1] == sft_dataset(tokenizer, Questions(records), 2_000)[1]
     assert capsys.readouterr().out == ""
-    cut = sft_dataset(tokenizer, records, len(whole[0]["input_ids"]) - 1, contexts)
-    shorter = sft_dataset(tokenizer, records[:1], 2_000, [Context(tuple(RULES[:1]), tuple(TRAIN[5:6]))])
+    cut = sft_dataset(tokenizer, Questions(records, contexts), len(whole[0]["input_ids"]) - 1)
+    shorter = sft_dataset(tokenizer, Questions(records[:1], [Context(tuple(RULES[:1]), tuple(TRAIN[5:6]))]), 2_000)
     assert cut[0]["input_ids"] == shorter[0]["input_ids"]
     assert "1 of 3 rules and examples do not fit model.max_length and are left out" in capsys.readouterr().out
-    prompts = grpo_dataset(tokenizer, records[:1], 2_000, 100, 1, 0, contexts[:1])
+    prompts = grpo_dataset(tokenizer, Questions(records[:1], contexts[:1]), 2_000, 100, 1, 0)
     assert prompts[0]["prompt"] == build_messages(records[0], TRAIN[5:7], RULES[:1])
 
 
@@ -514,4 +516,4 @@ def test_recipes_refuse_a_context_file_of_other_questions(stage, context_file):
         [*command, "model.adapter=null"], cwd=DATA.parents[2], capture_output=True, text=True, encoding="utf-8"
     )
     assert result.returncode == 2
-    assert "has no line for id" in result.stderr
+    assert "questions have no line" in result.stderr

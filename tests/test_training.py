@@ -26,7 +26,7 @@ from malpyeong.prompts import TEMPLATE_OPTIONS, build_messages, prompt_ids
 from malpyeong.records import Record, load_records
 from malpyeong.runs import assert_arguments, last_checkpoint
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import grpo_dataset, sft_dataset
+from malpyeong.training import Questions, grpo_dataset, sft_dataset
 
 ROOT = Path(__file__).parent.parent
 TRAIN = load_records(DATA / "train.json", answers="gold")
@@ -337,14 +337,14 @@ def test_training_and_prediction_see_the_same_prompt(sft_run):
     tokenizer = load_tokenizer(str(TINY_BASE))
     records = TRAIN[:4]
     expected = [prompt_ids(tokenizer, build_messages(record)) for record in records]
-    for record, row, prompt in zip(records, sft_dataset(tokenizer, records, 768), expected, strict=True):
+    for record, row, prompt in zip(records, sft_dataset(tokenizer, Questions(records), 768), expected, strict=True):
         start_of_answer = row["labels"].count(-100)
         assert row["input_ids"][:start_of_answer] == prompt
         answer = row["input_ids"][start_of_answer:]
         assert answer[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(answer[:-1]) == record.answer
         assert row["labels"] == [-100] * start_of_answer + answer
-    dataset = grpo_dataset(tokenizer, records, 768, 256, prompts=4, seed=0)
+    dataset = grpo_dataset(tokenizer, Questions(records), 768, 256, prompts=4, seed=0)
     trainer = GRPOTrainer(
         model=load_base(str(TINY_BASE), torch.float32),
         reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
