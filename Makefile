@@ -21,8 +21,8 @@ help: ## list the targets
 	@echo "  make sft-NAME      SFT with dev loss deciding when to stop        DATA=data  RUNS=runs"
 	@echo "  make doctor-NAME   look whether the GRPO stage will run, and fit  GPU=t4|24gb|40gb|80gb (default: what is here)"
 	@echo "  make grpo-NAME     GRPO, going on from the SFT adapter            MODEL=another hub id, or a folder"
-	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model"
-	@echo "  make submit-NAME   answer test.json and write a checked submission"
+	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=more for the command, such as"
+	@echo "  make submit-NAME   answer test.json and write a checked submission     training.max_steps=500 or --load-in-4bit"
 	@echo "  NAME: $(MODELS)"
 
 setup: $(STAMP) ## make .venv and install everything (once)
@@ -68,34 +68,41 @@ bench-decoding: $(STAMP) ## free, constrained and voted answers of the tiny mode
 	$(RUN) -m benchmarks.decoding $(ADAPTERS)
 
 # The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json. Each recipes/NAME is a model: make sft-NAME,
-# grpo-NAME, export-NAME, submit-NAME. GPU=t4|24gb|40gb|80gb states the card, MODEL= another hub id or a folder with weights.
-CARD  = $(if $(GPU),gpu=$(GPU)) $(if $(MODEL),"model.name=$(MODEL)")
+# grpo-NAME, export-NAME, submit-NAME. GPU=t4|24gb|40gb|80gb states the card, MODEL= another hub id or a folder with weights,
+# ARGS= whatever else the stage's command takes.
+CARD  = $(if $(GPU),gpu=$(GPU)) $(if $(MODEL),"model.name=$(MODEL)") $(ARGS)
 
 # Solved examples, and rules where DATA/rules.json is there (python -m malpyeong.retrieval and malpyeong.rules): the same
 # for every model and stage, so made once; remove RUNS/context*.jsonl after a change of the data.
 SEARCH = set --; test ! -e "$(DATA)/rules.json" || set -- --rules "$(DATA)/rules.json"; \
   $(RUN) -m malpyeong.retrieval search "$$@" --examples "$(DATA)/train.json"
+define CONTEXT
+@test -e "$(RUNS)/context.jsonl" || { $(SEARCH) "$(DATA)/train.json" "$(DATA)/dev.json" -o "$(RUNS)/context.jsonl"; }
+endef
+# What GRPO and a look at it beforehand are given.
+GRPO  = data.train="$(DATA)/train.json" data.context="$(RUNS)/context.jsonl" \
+  model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD)
 
 sft-%: recipes/%/sft.yaml $(STAMP)
-	test -e "$(RUNS)/context.jsonl" || { $(SEARCH) "$(DATA)/train.json" "$(DATA)/dev.json" -o "$(RUNS)/context.jsonl"; }
+	$(CONTEXT)
 	$(RUN) recipes/sft.py $< data.train="$(DATA)/train.json" data.dev="$(DATA)/dev.json" \
 	  data.context="$(RUNS)/context.jsonl" training.output="$(RUNS)/$*-sft" $(CARD) --resume auto
 
 grpo-%: recipes/%/grpo.yaml $(STAMP)
-	$(RUN) recipes/grpo.py $< data.train="$(DATA)/train.json" data.context="$(RUNS)/context.jsonl" \
-	  model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD) --resume auto
+	$(CONTEXT)
+	$(RUN) recipes/grpo.py $< $(GRPO) --resume auto
 
 doctor-%: recipes/%/grpo.yaml $(STAMP)
-	$(RUN) -m malpyeong.doctor $< data.train="$(DATA)/train.json" \
-	  model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD)
+	$(CONTEXT)
+	$(RUN) -m malpyeong.doctor $< $(GRPO)
 
 export-%: $(STAMP)
-	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged"
+	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged" $(ARGS)
 
 submit-%: $(STAMP)
-	test -e "$(RUNS)/context-test.jsonl" || { $(SEARCH) "$(DATA)/test.json" -o "$(RUNS)/context-test.jsonl"; }
+	@test -e "$(RUNS)/context-test.jsonl" || { $(SEARCH) "$(DATA)/test.json" -o "$(RUNS)/context-test.jsonl"; }
 	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(DATA)/test.json" -o "$(RUNS)/$*-test.json" \
-	  --context "$(RUNS)/context-test.jsonl"
+	  --context "$(RUNS)/context-test.jsonl" $(ARGS)
 	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
 
 clean: ## remove the virtual environment and caches (runs/ stays)

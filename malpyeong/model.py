@@ -280,7 +280,7 @@ def check_adapter(adapter: str | Path | None) -> dict[str, Any]:
         with safe_open(weights, "numpy"):
             pass
     except OSError:
-        raise InputError(f"{adapter}: holds no adapter; train it first, for example with recipes/sft.py") from None
+        raise InputError(f"{adapter}: holds no adapter; train it first (make sft-NAME, or recipes/sft.py)") from None
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{adapter}: the adapter is damaged ({error}); train or copy it again") from None
     return config

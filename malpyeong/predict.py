@@ -98,7 +98,7 @@ def fitted(
             f'longest, id "{id_}", has {longest}); lower --max-new-tokens, or train with a larger model.max_length'
         )
     if line := left_out(contexts, kept, f"{limit} with answers of {max_new_tokens}"):
-        click.echo(line)
+        click.echo(f"{line}; a lower --max-new-tokens leaves them more room")
     return kept
 
 
@@ -213,6 +213,7 @@ def main(
         raise InputError(f"{output}: would overwrite the questions; choose another name")
     contexts = load_contexts(context, records) if context else [Context()] * len(records)
     check_writable(output)
+    import torch
     from tqdm import tqdm
 
     from malpyeong.engines import Decoding
@@ -243,13 +244,19 @@ def main(
         if done:
             click.echo(f"going on from {part.path}: {len(done)} of {len(records)} answers are there")
         by_id = {record.id: its for record, its in zip(records, contexts, strict=True)}
-        engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, by_id)
-        score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
-        with tqdm(total=len(records), initial=len(done), desc="predict", unit="record") as bar:
-            for place, answer in predict(engine, records, batch_size, done, score):
-                found[records[place].id] = answer
-                part.add({"id": records[place].id, "answer": answer})
-                bar.update(place not in done)
+        try:
+            engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, by_id)
+            score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
+            with tqdm(total=len(records), initial=len(done), desc="predict", unit="record") as bar:
+                for place, answer in predict(engine, records, batch_size, done, score):
+                    found[records[place].id] = answer
+                    part.add({"id": records[place].id, "answer": answer})
+                    bar.update(place not in done)
+        except torch.OutOfMemoryError:
+            begun = f"; first remove {part.path}" if part.path.exists() else ""
+            raise InputError(
+                f"the GPU's memory does not suffice; lower --batch-size={batch_size}, or add --load-in-4bit{begun}"
+            ) from None
     answered = [record.with_answer(found[record.id]) for record in records]
     if not no_repair:
         answered, counts = repaired(answered)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.context import Context, write_contexts
 from malpyeong.doctor import SAMPLES, check, examine, examine_groups, examine_tokenizer
 from malpyeong.errors import InputError
 from malpyeong.export import export
@@ -19,7 +20,9 @@ from malpyeong.model import (
     load_tokenizer,
     stop_at_eos,
 )
+from malpyeong.prompts import build_messages, fit_contexts, prompt_ids, prompt_length
 from malpyeong.records import load_records, write_records
+from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 
 TRAIN = load_records(DATA / "train.json", answers="gold")[:40]
@@ -83,6 +86,65 @@ def test_answers_longer_than_a_completion_may_be_are_a_warning(data):
     (warning,) = found(grpo(data, "training.max_completion_length=40"), "warning")
     assert "longest answer" in warning
     assert "raise it to" in warning
+
+
+def test_prompts_are_measured_with_what_training_puts_into_them(data, tmp_path):
+    """Every figure against the prompts that the training set has."""
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    rules, path = load_rule_book(DATA / "rules.json")[:1], tmp_path / "근거.jsonl"
+    wholes = [Context(tuple(rules), (TRAIN[place - 1], TRAIN[place - 2])) for place in range(len(TRAIN))]
+    shown = [[(1.0, one) for one in whole.examples] for whole in wholes]
+    write_contexts(path, TRAIN, [[(1.0, rules[0])]] * len(TRAIN), shown)
+    alone = max(prompt_length(tokenizer, record, Context()) for record in TRAIN)
+    answer = max(len(tokenizer(record.answer)["input_ids"]) + 1 for record in TRAIN)
+    whole = max(prompt_length(tokenizer, *pair) for pair in zip(TRAIN, wholes, strict=True))
+
+    def lines(recipe):
+        return [
+            finding for finding in examine(recipe, "hf") if "solved examples" in finding.text or "alone" in finding.text
+        ]
+
+    for recipe in (grpo, sft):
+        context, lengths = lines(recipe(data, f"data.context={path}", "model.max_length=5000"))
+        assert context.level == lengths.level == "ok"
+        times = 2 if recipe is sft else 1  # train and dev
+        assert f"{40 * times} rules and {80 * times} solved examples" in context.text
+        assert context.text.endswith("all of them fit")
+        assert f"alone {alone} tokens, longest prompt {whole} tokens, longest answer {answer};" in lengths.text
+
+    limit = alone + 200  # a completion may have 200 tokens: room for the longest question and nothing else
+    context, lengths = lines(grpo(data, f"data.context={path}", f"model.max_length={limit}"))
+    fitted = fit_contexts(tokenizer, TRAIN, wholes, [alone] * len(TRAIN))
+    assert (context.level, lengths.level) == ("warning", "ok")
+    assert (
+        f"{120 - sum(map(len, fitted))} of 120 rules and examples do not fit model.max_length={limit}" in context.text
+    )
+    assert f"{sum(not kept for kept in fitted)} questions keep none" in context.text
+    assert "--rules-k" in context.cure
+    short = grpo(data, f"data.context={path}", f"model.max_length={limit - 1}")
+    assert any(f"needs {limit} tokens" in error for error in found(short, "error"))
+
+    write_contexts(path, TRAIN[1:], [[]] * 39, [[]] * 39)
+    (error,) = found(grpo(data, f"data.context={path}"), "error")
+    assert f'1 of 40 questions have no line (the first: id "{TRAIN[0].id}")' in error
+
+
+def test_groups_are_sampled_from_the_prompts_of_training(data, tmp_path, monkeypatch):
+    rule, path = load_rule_book(DATA / "rules.json")[0], tmp_path / "근거.jsonl"
+    write_contexts(path, TRAIN, [[(1.0, rule)]] * len(TRAIN), [[]] * len(TRAIN))
+    size = ("training.num_generations=2", "training.batch_size=2", "training.max_completion_length=2")
+    recipe = grpo(data, f"data.context={path}", *size)
+    asked, model, tokenizer = [], *load_for_training(recipe.model, 0, False)
+    generate = model.generate
+
+    def watched(input_ids, **options):
+        asked.append(input_ids[0].tolist())
+        return generate(input_ids=input_ids, **options)
+
+    model.generate = watched
+    monkeypatch.setattr("malpyeong.model.load_for_training", lambda *_: (model, tokenizer))
+    assert len(list(examine_groups(recipe, "hf"))) == 3
+    assert asked == [prompt_ids(tokenizer, build_messages(record, rules=[rule])) for record in TRAIN[:2]]
 
 
 def test_a_card_that_is_too_small_is_named_with_the_lever(data):
