@@ -5,14 +5,14 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 DATA   ?= data
 RUNS   ?= runs
-MODELS := $(filter-out tiny,$(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/grpo.yaml)))))
+MODELS := $(filter-out tiny tiny-choice,$(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/grpo.yaml)))))
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo '[gpu]')
 
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-gpu clean
+.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -23,6 +23,7 @@ help: ## list the targets
 	@echo "  make grpo-NAME     GRPO, going on from the SFT adapter            MODEL=another hub id, or a folder"
 	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=more for the command, such as"
 	@echo "  make submit-NAME   answer test.json and write a checked submission     training.max_steps=500 or --load-in-4bit"
+	@echo "  make mine-NAME     which rules make the gold answers likelier: labels for NAME-choice, with DATA/rules.json"
 	@echo "  NAME: $(MODELS)"
 
 setup: $(STAMP) ## make .venv and install everything (once)
@@ -67,6 +68,9 @@ bench-ppl: $(STAMP) ## mining PPL labels: a forward for each pair against ours
 bench-decoding: $(STAMP) ## free, constrained and voted answers of the tiny model (ADAPTERS="one per seed")
 	$(RUN) -m benchmarks.decoding $(ADAPTERS)
 
+bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; goes on where it stopped)
+	$(RUN) -m benchmarks.contexts -o "$(RUNS)/contexts"
+
 # The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json. Each recipes/NAME is a model: make sft-NAME,
 # grpo-NAME, export-NAME, submit-NAME. GPU=t4|24gb|40gb|80gb states the card, MODEL= another hub id or a folder with weights,
 # ARGS= whatever else the stage's command takes.
@@ -79,14 +83,22 @@ SEARCH = set --; test ! -e "$(DATA)/rules.json" || set -- --rules "$(DATA)/rules
 define CONTEXT
 @test -e "$(RUNS)/context.jsonl" || { $(SEARCH) "$(DATA)/train.json" "$(DATA)/dev.json" -o "$(RUNS)/context.jsonl"; }
 endef
+# NAME-choice names a rule before it answers (docs/choice.md); which one is right is known from make mine-NAME.
+LABELS = $(if $(filter %-choice,$*),data.choice="$(RUNS)/$(patsubst %-choice,%,$*)-mined/contexts.jsonl")
 # What GRPO and a look at it beforehand are given.
-GRPO  = data.train="$(DATA)/train.json" data.context="$(RUNS)/context.jsonl" \
+GRPO  = data.train="$(DATA)/train.json" data.context="$(RUNS)/context.jsonl" $(LABELS) \
   model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD)
+
+mine-%: recipes/%/mine.yaml $(STAMP)
+	$(CONTEXT)
+	$(RUN) recipes/mine_contexts.py $< 'data.questions=["$(DATA)/train.json", "$(DATA)/dev.json"]' \
+	  data.rules="$(DATA)/rules.json" data.context="$(RUNS)/context.jsonl" mining.output="$(RUNS)/$*-mined" \
+	  $(if $(MODEL),"model.name=$(MODEL)") $(ARGS) --resume auto
 
 sft-%: recipes/%/sft.yaml $(STAMP)
 	$(CONTEXT)
 	$(RUN) recipes/sft.py $< data.train="$(DATA)/train.json" data.dev="$(DATA)/dev.json" \
-	  data.context="$(RUNS)/context.jsonl" training.output="$(RUNS)/$*-sft" $(CARD) --resume auto
+	  data.context="$(RUNS)/context.jsonl" $(LABELS) training.output="$(RUNS)/$*-sft" $(CARD) --resume auto
 
 grpo-%: recipes/%/grpo.yaml $(STAMP)
 	$(CONTEXT)
@@ -102,7 +114,7 @@ export-%: $(STAMP)
 submit-%: $(STAMP)
 	@test -e "$(RUNS)/context-test.jsonl" || { $(SEARCH) "$(DATA)/test.json" -o "$(RUNS)/context-test.jsonl"; }
 	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(DATA)/test.json" -o "$(RUNS)/$*-test.json" \
-	  --context "$(RUNS)/context-test.jsonl" $(ARGS)
+	  --context "$(RUNS)/context-test.jsonl" $(if $(filter %-choice,$*),--choices "$(RUNS)/$*-choices.jsonl") $(ARGS)
 	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
 
 clean: ## remove the virtual environment and caches (runs/ stays)

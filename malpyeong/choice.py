@@ -1,10 +1,13 @@
 """Choosing a rule: the model names the candidate that it goes by, then answers.
 
-The prompt shows the rules that a retriever found (a :class:`~malpyeong.context.Context`), numbered, in an order that
-says nothing about their rank; the completion begins with a tag, ``[규범 2]``, or ``[규범 0]`` where none fits. The tag
-is taken off before an answer is scored or submitted. Which candidate is right is known in training only, from a label
-or from PPL mining (:class:`Labels`): candidates never come from there, so that training and test ask the same
-question, and the labelled rule may be among them or not.
+The prompt shows the rules that a retriever found (a :class:`~malpyeong.context.Context`), in an order that says
+nothing about their rank; the completion begins with a tag that names one, ``[규범 한글 맞춤법 제42항]``, or
+``[규범 없음]`` where none fits. The tag is taken off before an answer is scored or submitted. Which candidate is right
+is known in training only, from a label or from PPL mining (:class:`Labels`): candidates never come from there, so that
+training and test ask the same question, and the labelled rule may be among them or not.
+
+A tag names the rule by its id, not by its number: an id means the same in every prompt, so that a small model can
+learn which rule a question is about before it can find it among several (docs/choice.md has what was measured).
 """
 
 import hashlib
@@ -20,13 +23,13 @@ from malpyeong.records import Record
 from malpyeong.rules import Rule
 
 INSTRUCTION = (
-    "답 앞에는 [규범 후보] 가운데 이 문제에 적용되는 것의 번호를 [규범 1]과 같이 먼저 쓰고, "
-    "적용되는 것이 없으면 [규범 0]이라고 쓰세요."
+    "먼저 한 줄에 [규범 후보] 가운데 이 문제에 적용되는 것의 이름을 [규범 한글 맞춤법 제1항]과 같이 쓰고, "
+    "적용되는 것이 없으면 [규범 없음]이라고 쓰세요. 답은 그다음 줄에 쓰세요."
 )
 HEADING = "[규범 후보]"
-NONE = 0  # the number that says that no candidate fits
+NONE = "없음"  # the name that says that no candidate fits
 
-_TAG = re.compile(r"\A\s*\[규범 ([0-9]{1,3})\]\s*")
+_TAG = re.compile(r"\A\s*\[규범 ([^\[\]\n]{1,100})\]\s*")
 _EXPECTED = "a JSON object of record id → rule id, or contexts.jsonl of recipes/mine_contexts.py"
 
 # A rule that lowers the answer's perplexity by less than this share is taken for one that does not help.
@@ -47,43 +50,48 @@ class Labels:
         """Return the gain of each rule."""
         return [self.gains.get(rule.id, 0.0) for rule in rules]
 
+    def best(self, rules: Sequence[Rule]) -> str:
+        """Return the id of the rule that helps most, or :data:`NONE` if none does."""
+        return best_choice([rule.id for rule in rules], self.of(rules))
+
 
 def shuffled(record: Record, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """Return the rules in an order that depends on the question and on nothing else."""
     return tuple(sorted(rules, key=lambda rule: hashlib.sha256(f"{record.question}\n{rule.id}".encode()).digest()))
 
 
-def tag(number: int) -> str:
-    """Return what names candidate ``number`` (from 1, or :data:`NONE`) before an answer."""
-    return f"[규범 {number}] "
+def tag(name: str) -> str:
+    """Return what names a rule by its id, or :data:`NONE`, before an answer.
+
+    A line of its own: what follows is then tokenized as if it stood alone.
+    """
+    return f"[규범 {name}]\n"
 
 
-def split_choice(text: str) -> tuple[int | None, str]:
+def split_choice(text: str) -> tuple[str | None, str]:
     """Take the tag off a completion.
 
     Returns:
-        (number, answer): the number that was named, :data:`NONE` for no candidate, or None where there is no tag.
+        (name, answer): the rule's id or :data:`NONE`, or None where there is no tag.
     """
     found = _TAG.match(text)
-    return (int(found[1]), text[found.end() :]) if found else (None, text)
+    return (found[1], text[found.end() :]) if found else (None, text)
 
 
-def best_choice(gains: Sequence[float]) -> int:
-    """Return the number of the candidate that helps most, or :data:`NONE` if none does."""
-    return gains.index(max(gains)) + 1 if any(gain > 0 for gain in gains) else NONE
+def best_choice(ids: Sequence[str], gains: Sequence[float]) -> str:
+    """Return the id of the candidate that helps most, or :data:`NONE` if none does."""
+    return ids[gains.index(max(gains))] if any(gain > 0 for gain in gains) else NONE
 
 
-def choice_reward(number: int | None, gains: Sequence[float]) -> float:
-    """Return what naming ``number`` is worth, in 0 to 1.
+def choice_reward(name: str | None, ids: Sequence[str], gains: Sequence[float]) -> float:
+    """Return what naming ``name`` is worth, in 0 to 1.
 
     The candidate's gain as a share of the best candidate's; where none helps, 1.0 for saying so. 0.0 without a tag
-    and for a number that was not shown.
+    and for a rule that was not shown.
     """
-    if number is None or number > len(gains):
-        return 0.0
-    if best_choice(gains) == NONE or number == NONE:
-        return float(best_choice(gains) == number)
-    return max(0.0, gains[number - 1]) / max(gains)
+    if best_choice(ids, gains) == NONE or name == NONE:
+        return float(best_choice(ids, gains) == name)
+    return max(0.0, gains[ids.index(name)]) / max(gains) if name in ids else 0.0
 
 
 def load_choice_labels(path: str | Path, records: Sequence[Record]) -> list[Labels]:

@@ -425,6 +425,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
         texts = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
         columns: dict[str, Any] = {"reference": [record.answer] * len(texts)}
         if questions.choices is not None:
+            columns["candidates"] = [[rule.id for rule in context.rules]] * len(texts)
             columns["gains"] = [questions.choices[place].of(context.rules)] * len(texts)
         found = [function(completions=texts, **columns) for function in run.functions]
         rewards = {name: values for name, values in zip(weights, found, strict=True) if weights[name]}

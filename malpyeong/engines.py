@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from malpyeong.answer import answer_grammar, close_reason, parse_answer, reason_grammar
+from malpyeong.choice import NONE, tag
 from malpyeong.context import Context
 from malpyeong.errors import InputError
 from malpyeong.options import options, verdicts
@@ -100,8 +101,10 @@ class TransformersEngine:
 
         decoding, tokenizer = self.decoding, self.tokenizer
         prompts = self.prompts(records)
-        chosen = [""] * len(records)
+        tags, chosen = [""] * len(records), [""] * len(records)
         if self._format:
+            tags = [self._named_rule(record, prompt) for record, prompt in zip(records, prompts, strict=True)]
+            prompts = [prompt + _ids(tokenizer, name) for prompt, name in zip(prompts, tags, strict=True)]
             offered = [verdicts(options(record)) for record in records]
             chosen = [
                 self.likeliest(prompt, candidates) if candidates else ""
@@ -135,8 +138,15 @@ class TransformersEngine:
         completions = [begun[place] + ids for place, ids in zip(rows, output[:, width:].tolist(), strict=True)]
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         if self._format:
-            texts = [finish(text) for text in texts]
+            texts = [tags[place] + finish(text) for place, text in zip(rows, texts, strict=True)]
         return [texts[start : start + decoding.samples] for start in range(0, len(texts), decoding.samples)]
+
+    def _named_rule(self, record: Record, prompt: list[int]) -> str:
+        """Return the likeliest tag (see ``malpyeong.choice``), or "" where the model is not asked for one."""
+        context = self._contexts.get(record.id)
+        if context is None or not context.choose:
+            return ""
+        return self.likeliest(prompt, [tag(name) for name in (*(rule.id for rule in context.rules), NONE)])
 
     def likeliest(self, prompt: list[int], candidates: Sequence[str]) -> str:
         """Return the candidate with the highest log-likelihood after ``prompt``."""
@@ -189,6 +199,8 @@ class VLLMEngine:
 
         if decoding.samples > 1:
             raise InputError("samples are drawn with the transformers engine; leave --engine out")
+        if decoding.constrained and any(context.choose for context in (contexts or {}).values()):
+            raise InputError("rules are chosen with the transformers engine, or with --decoding free")
         try:
             from vllm import LLM
             from vllm.lora.request import LoRARequest

@@ -5,6 +5,7 @@ crash or a kill, to the same file. What is written is repaired last (``malpyeong
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING
 import click
 
 from malpyeong.answer import format_problem
+from malpyeong.choice import split_choice
 from malpyeong.consensus import ReasonScore, choose, rouge_score
 from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError
-from malpyeong.files import PartFile, check_writable, digest
+from malpyeong.files import PartFile, check_writable, digest, write_text
 from malpyeong.prompts import fit_contexts, left_out, prompt_length
 from malpyeong.records import Record, load_records, write_records
 from malpyeong.repair import repair
@@ -54,8 +56,9 @@ def predict(
         places = order[start : start + size]
         if all(place in done for place in places):
             continue
-        answers = engine.answers([records[place] for place in places])
-        yield from ((place, choose(samples, score)) for place, samples in zip(places, answers, strict=True))
+        for place, samples in zip(places, engine.answers([records[place] for place in places]), strict=True):
+            voters = [split_choice(sample)[1] for sample in samples]
+            yield place, samples[voters.index(choose(voters, score))]
 
 
 def model_digest(name: str) -> str:
@@ -184,6 +187,12 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
     type=click.Path(path_type=Path),
     help="Rules and examples for each question, as in training (data.context): python -m malpyeong.retrieval search.",
 )
+@click.option(
+    "--choices",
+    type=click.Path(path_type=Path),
+    help="For a model that was trained to choose (data.choice): JSONL file to write, with the rule of --context that "
+    "it named for each question.",
+)
 @click.option("--no-repair", is_flag=True, help="Write the answers as the model gave them.")
 def main(
     model: str,
@@ -202,6 +211,7 @@ def main(
     bleurt_model: str | None,
     engine_name: str,
     context: Path | None,
+    choices: Path | None,
     no_repair: bool,
 ) -> None:
     """Answer QUESTIONS (a contest file) with MODEL (a folder or hub id).
@@ -211,8 +221,12 @@ def main(
     records = load_records(questions)
     if output.exists() and output.samefile(questions):
         raise InputError(f"{output}: would overwrite the questions; choose another name")
-    contexts = load_contexts(context, records) if context else [Context()] * len(records)
+    if choices and not context:
+        raise InputError("--choices needs --context, the rules to choose among")
+    contexts = load_contexts(context, records, choose=choices is not None) if context else [Context()] * len(records)
     check_writable(output)
+    if choices:
+        check_writable(choices)
     import torch
     from tqdm import tqdm
 
@@ -231,7 +245,7 @@ def main(
             **asdict(decoding),
             **{"batch_size": batch_size, "dtype": dtype, "load_in_4bit": load_in_4bit, "engine": engine_name},
             **{"bertscore_model": bertscore_model, "bleurt_model": bleurt_model},
-            "model_max_length": tokenizer.model_max_length,
+            **{"model_max_length": tokenizer.model_max_length, "choose": choices is not None},
         },
     }
     part = PartFile(output.with_name(f".{output.name}.part.jsonl"), made_of)
@@ -257,6 +271,14 @@ def main(
             raise InputError(
                 f"the GPU's memory does not suffice; lower --batch-size={batch_size}, or add --load-in-4bit{begun}"
             ) from None
+    if choices:
+        named = []
+        for record, shown in zip(records, contexts, strict=True):
+            name, found[record.id] = split_choice(found[record.id])
+            ids = [rule.id for rule in shown.rules]
+            named.append({"id": record.id, "named": name, "rule": name if name in ids else None, "candidates": ids})
+        write_text(choices, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in named))
+        click.echo(f"{choices}: {sum(row['rule'] is not None for row in named)} of {len(named)} answers name a rule")
     answered = [record.with_answer(found[record.id]) for record in records]
     if not no_repair:
         answered, counts = repaired(answered)

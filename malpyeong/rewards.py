@@ -111,6 +111,7 @@ def official(
 
 def choice(
     completions: Sequence[Completion],
+    candidates: Sequence[Sequence[str]],
     gains: Sequence[Sequence[float]],
     **_: Any,  # noqa: ANN401
 ) -> Rewards:
@@ -118,10 +119,11 @@ def choice(
 
     Args:
         completions: with their tags.
-        gains: for each completion, how much each rule of its prompt helps.
+        candidates: for each completion, the ids of its prompt's rules.
+        gains: for each completion, how much each of them helps.
     """
-    chosen = [split_choice(completion_text(completion))[0] for completion in completions]
-    return [choice_reward(number, of_rules) for number, of_rules in zip(chosen, gains, strict=True)]
+    named = [split_choice(completion_text(completion))[0] for completion in completions]
+    return [choice_reward(*one) for one in zip(named, candidates, gains, strict=True)]
 
 
 def _of_reasons(
@@ -231,7 +233,7 @@ class RewardRun:
         ) -> Rewards:
             start = time.perf_counter()
             judged = completions
-            if "gains" in columns and name != "choice":  # the model was asked to choose: its answer is what follows
+            if "candidates" in columns and name != "choice":  # the answer is what follows it
                 judged = [split_choice(completion_text(completion))[1] for completion in completions]
             rewards = function(completions=judged, **columns, **self._models)
             self._step_seconds += time.perf_counter() - start

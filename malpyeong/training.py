@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.choice import NONE, Labels, best_choice, load_choice_labels, tag
+from malpyeong.choice import NONE, Labels, load_choice_labels, tag
 from malpyeong.config import GRPORecipe, PromptData, SFTRecipe
 from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError
@@ -85,13 +85,17 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_
 
     records, choices = questions.records, questions.choices
     answers = [record.answer or "" for record in records]
-    # Tags are alike in length: no prompt shows ten rules.
-    tagged = [tag(NONE) + answer for answer in answers] if choices else answers
+    tagged = answers
+    if choices is not None:  # with the longest tag that it may get
+        longest = max(
+            (rule.id for context in questions.contexts or () for rule in context.rules), key=len, default=NONE
+        )
+        tagged = [tag(longest) + answer for answer in answers]
     limits = [max_length - len(completion_ids(tokenizer, answer)) for answer in tagged]
     asked = _messages(tokenizer, questions, limits)
     if choices is not None:
-        numbers = [best_choice(labels.of(shown.rules)) for labels, (_, shown) in zip(choices, asked, strict=True)]
-        answers = [tag(number) + answer for number, answer in zip(numbers, answers, strict=True)]
+        named = [labels.best(shown.rules) for labels, (_, shown) in zip(choices, asked, strict=True)]
+        answers = [tag(name) + answer for name, answer in zip(named, answers, strict=True)]
     rows = []
     for (messages, _), answer in zip(asked, answers, strict=True):
         prompt, completion = prompt_ids(tokenizer, messages), completion_ids(tokenizer, answer)
@@ -109,7 +113,7 @@ def grpo_dataset(
     seed: int,
 ) -> "Dataset":
     """Return ``prompt`` (chat messages), ``reference`` (the gold answer) and ``record_id``, in training order; where
-    the model chooses, also ``gains``: how much each rule of the prompt helps.
+    the model chooses, also ``candidates`` and ``gains``: the rules of the prompt and how much each helps.
 
     Rules and examples that do not fit are left out, and counted on the screen. The order is drawn here for the whole
     run, pass after pass over the records, because TRL's sampler starts its first pass again when a run is resumed in a
@@ -136,7 +140,7 @@ def grpo_dataset(
     ]
     if choices is not None:
         for row, labels, (_, shown) in zip(rows, choices, asked, strict=True):
-            row["gains"] = labels.of(shown.rules)
+            row |= {"candidates": [rule.id for rule in shown.rules], "gains": labels.of(shown.rules)}
     lengths = [len(prompt_ids(tokenizer, messages)) + max_completion_length for messages, _ in asked]
     check_lengths(records, lengths, max_length)
     rng = random.Random(seed)

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from malpyeong import choice, rewards
-from malpyeong.choice import Labels, best_choice, choice_reward, load_choice_labels, shuffled, split_choice, tag
+from malpyeong.choice import NONE, Labels, best_choice, choice_reward, load_choice_labels, shuffled, split_choice, tag
 from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
-from malpyeong.context import Context
+from malpyeong.context import Context, load_contexts, write_contexts
 from malpyeong.errors import InputError
 from malpyeong.model import load_tokenizer
 from malpyeong.prompts import build_messages, fit_contexts, prompt_length
-from malpyeong.records import Record, load_records
+from malpyeong.records import Record, load_records, write_records
 from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training import Questions, grpo_dataset, sft_dataset
@@ -31,14 +31,15 @@ def context(*rules: Rule) -> Context:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (f"[규범 2] {ANSWER}", (2, ANSWER)),
-        (f"[규범 0] {ANSWER}", (0, ANSWER)),
-        (f"\n[규범 12]\n{ANSWER}", (12, ANSWER)),
+        (f"[규범 한글 맞춤법 제42항]\n{ANSWER}", ("한글 맞춤법 제42항", ANSWER)),
+        (f"[규범 없음] {ANSWER}", (NONE, ANSWER)),
+        (f"\n[규범 문장 부호 규정 (3)]{ANSWER}", ("문장 부호 규정 (3)", ANSWER)),
         (ANSWER, (None, ANSWER)),
         (f"[규범] {ANSWER}", (None, f"[규범] {ANSWER}")),
-        (f"{ANSWER} [규범 1]", (None, f"{ANSWER} [규범 1]")),
-        (f"[규범 1] [규범 2] {ANSWER}", (1, f"[규범 2] {ANSWER}")),
-        ("[규범 ١] ", (None, "[규범 ١] ")),
+        (f"[규범 \n{ANSWER}]", (None, f"[규범 \n{ANSWER}]")),
+        (f"{ANSWER} [규범 가]", (None, f"{ANSWER} [규범 가]")),
+        (f"[규범 가] [규범 나] {ANSWER}", ("가", f"[규범 나] {ANSWER}")),
+        (f"[규범 {'가' * 101}] ", (None, f"[규범 {'가' * 101}] ")),
         ("", (None, "")),
     ],
 )
@@ -46,54 +47,55 @@ def test_the_tag_is_read_at_the_start_only(text, expected):
     assert split_choice(text) == expected
 
 
-@given(st.integers(0, 99), st.text())
-def test_a_written_tag_comes_off_again(number, answer):
-    assert split_choice(tag(number) + answer) == (number, answer.lstrip())
+@given(st.sampled_from([NONE, *(rule.id for rule in RULES)]), st.text())
+def test_a_written_tag_comes_off_again(name, answer):
+    assert split_choice(tag(name) + answer) == (name, answer.lstrip())
 
 
-@given(st.text() | st.text(alphabet="[]규범 0123\n"))
+@given(st.text() | st.text(alphabet="[]규범 없음가나\n"))
 def test_any_text_is_read(text):
-    number, answer = split_choice(text)
+    name, answer = split_choice(text)
     assert text.endswith(answer)
-    assert 0.0 <= choice_reward(number, [0.0, 0.5]) <= 1.0
+    assert 0.0 <= choice_reward(name, ["가", "나"], [0.0, 0.5]) <= 1.0
 
 
 @pytest.mark.parametrize(
-    ("number", "gains", "reward"),
+    ("name", "gains", "reward"),
     [
-        (2, [0.0, 1.0, 0.0], 1.0),
-        (1, [0.0, 1.0, 0.0], 0.0),
-        (0, [0.0, 1.0, 0.0], 0.0),
-        (2, [0.4, 0.1], 0.25),
-        (1, [-0.2, 0.1], 0.0),
-        (0, [0.0, 0.0], 1.0),
-        (1, [0.0, 0.0], 0.0),
-        (1, [-0.1, 0.0], 0.0),
-        (0, [], 1.0),
-        (1, [], 0.0),
-        (4, [1.0, 0.0, 0.0], 0.0),
+        ("나", [0.0, 1.0, 0.0], 1.0),
+        ("가", [0.0, 1.0, 0.0], 0.0),
+        (NONE, [0.0, 1.0, 0.0], 0.0),
+        ("나", [0.4, 0.1], 0.25),
+        ("가", [-0.2, 0.1], 0.0),
+        (NONE, [0.0, 0.0], 1.0),
+        ("가", [0.0, 0.0], 0.0),
+        ("가", [-0.1, 0.0], 0.0),
+        (NONE, [], 1.0),
+        ("가", [], 0.0),
+        ("라", [1.0, 0.0, 0.0], 0.0),
         (None, [1.0, 0.0, 0.0], 0.0),
         (None, [0.0], 0.0),
     ],
 )
-def test_reward(number, gains, reward):
-    assert choice_reward(number, gains) == pytest.approx(reward)
+def test_reward(name, gains, reward):
+    assert choice_reward(name, ["가", "나", "다"][: len(gains)], gains) == pytest.approx(reward)
 
 
 def test_the_best_choice_earns_the_most():
     for gains in ([0.2, 0.9, 0.1], [0.0, 0.0], [-1.0], []):
-        earned = [choice_reward(number, gains) for number in range(len(gains) + 1)]
-        assert earned[best_choice(gains)] == max(earned) == 1.0
+        ids = ["가", "나", "다"][: len(gains)]
+        earned = {name: choice_reward(name, ids, gains) for name in (*ids, NONE)}
+        assert earned[best_choice(ids, gains)] == max(earned.values()) == 1.0
 
 
 def test_naming_every_candidate_earns_no_more_than_naming_the_first():
-    texts = [f"[규범 1] [규범 2] [규범 3] {ANSWER}", f"[규범 1] {ANSWER}", f"[규범 999] {ANSWER}"]
-    assert rewards.choice(texts, [[0.0, 1.0, 0.0]] * 3) == [0.0, 0.0, 0.0]
+    texts = [f"[규범 가] [규범 나] {ANSWER}", f"[규범 가, 나] {ANSWER}", f"[규범 다] [규범 나] {ANSWER}"]
+    assert rewards.choice(texts, [["가", "나"]] * 3, [[0.0, 1.0]] * 3) == [0.0, 0.0, 0.0]
 
 
 def test_other_rewards_see_the_answer_without_its_tag():
-    columns = {"reference": [ANSWER] * 3, "prompts": [[]] * 3, "record_id": ["1"] * 3, "gains": [[1.0], [1.0], [1.0]]}
-    completions = [f"[규범 1] {ANSWER}", ANSWER, f"[규범 1] [규범 1] {ANSWER}"]
+    columns = {"reference": [ANSWER] * 3, "candidates": [["가"]] * 3, "gains": [[1.0]] * 3}
+    completions = [f"[규범 가] {ANSWER}", ANSWER, f"[규범 가] [규범 가] {ANSWER}"]
     run = rewards.RewardRun({"format": 1.0, "exact_match": 1.0, "choice": 1.0}, 3)
     found = [function(completions=completions, **columns) for function in run.functions]
     assert found == [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
@@ -136,14 +138,12 @@ def test_datasets_name_the_rule_as_it_is_numbered_in_the_prompt():
     questions = Questions(TRAIN, [context()] * len(TRAIN), choices)
     taught = sft_dataset(tokenizer, questions, 1500)
     asked = grpo_dataset(tokenizer, questions, 1500, 200, len(TRAIN), 0)
-    gains = {row["record_id"]: row["gains"] for row in asked}
+    right = {row["record_id"]: best_choice(row["candidates"], row["gains"]) for row in asked}
     for place, (record, row) in enumerate(zip(TRAIN, taught, strict=True)):
-        number, answer = split_choice(tokenizer.decode([token for token in row["labels"] if token != -100]))
+        name, answer = split_choice(tokenizer.decode([token for token in row["labels"] if token != -100]))
         assert answer == f"{record.answer}{tokenizer.eos_token}"
-        assert number == best_choice(gains[record.id])
-        assert (number == 0) == (place % 4 == 3)
-        if number:
-            assert f"{number}. {RULES[place % 4].id}\n" in tokenizer.decode(row["input_ids"])
+        assert name == right[record.id] == (NONE if place % 4 == 3 else RULES[place % 4].id)
+        assert (f"{name}\n" in tokenizer.decode(row["input_ids"])) == (name != NONE)
 
 
 def test_labels_are_given_or_mined(tmp_path):
@@ -195,3 +195,67 @@ def test_recipes_need_rules_to_choose_among_and_labels_to_reward():
         load_recipe("recipes/tiny/grpo.yaml", ["data.rewards={choice: 1}"], GRPORecipe)
     both = ["data.choice=labels.json", "data.context=context.jsonl", "data.rewards={choice: 1, exact_match: 1}"]
     assert load_recipe("recipes/tiny/grpo.yaml", both, GRPORecipe).data.rewards["choice"] == 1
+
+
+# ---- with the tiny model, from training to prediction
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twenty short questions with three rules each, the labelled one first, second, third or not among them."""
+    folder = tmp_path_factory.mktemp("고르기 시험")
+    records = sorted(load_records(DATA / "train.json", answers="gold"), key=lambda record: len(record.question))[:20]
+    short = sorted(RULES, key=lambda rule: len(rule.full_text))[:4]
+    ranked = [[(0.0, short[(place + step) % 4]) for step in range(3)] for place in range(20)]
+    write_records(folder / "train.json", records)
+    write_records(folder / "dev.json", records[:4])
+    write_contexts(folder / "context.jsonl", records, ranked, [[] for _ in records])
+    (folder / "labels.json").write_text(json.dumps({record.id: short[2].id for record in records}), "utf-8")
+    return folder
+
+
+def recipe(folder, stage, *overrides):
+    files = (f"data.train={folder / 'train.json'}", f"training.output={folder / stage}")
+    files += (f"data.context={folder / 'context.jsonl'}", f"data.choice={folder / 'labels.json'}")
+    return (f"recipes/{stage}.py", f"recipes/tiny-choice/{stage}.yaml", *files, *overrides)
+
+
+def test_a_model_learns_to_choose_and_its_choice_is_kept_apart_from_the_answer(folder, run_module):
+    sft = recipe(folder, "sft", f"data.dev={folder / 'dev.json'}", "training.batch_size=10", "training.epochs=12")
+    assert run_module(*sft, "training.eval_steps=12", "training.warmup_steps=2").returncode == 0
+    adapter = folder / "sft" / "adapter"
+    size = ("training.batch_size=8", "training.gradient_accumulation_steps=1", "training.num_generations=4")
+    grpo = recipe(folder, "grpo", f"model.adapter={adapter}", *size, "training.max_completion_length=96")
+    result = run_module(*grpo, "training.max_steps=2", "training.save_steps=2")
+    assert result.returncode == 0, result.stderr
+    log = [row for row in json.loads((folder / "grpo" / "log.json").read_text("utf-8")) if "reward" in row]
+    assert len(log) == 2
+    assert all(0 <= row["rewards/choice/mean"] <= 1 and "spread/choice" in row for row in log)
+
+    questions = folder / "questions.json"
+    write_records(questions, [dataclasses.replace(record, answer=None) for record in load_records(folder / "dev.json")])
+    predict = ("-m", "malpyeong.predict", TINY_BASE, questions, "--adapter", adapter, "--max-new-tokens", "80")
+    asked = ("--context", folder / "context.jsonl", "--choices", folder / "choices.jsonl")
+    for decoding in ("constrained", "free"):
+        output = folder / f"{decoding}.json"
+        assert run_module(*predict, *asked, "--decoding", decoding, "-o", output).returncode == 0
+        answers = {record.id: record.answer for record in load_records(output)}
+        named = [json.loads(line) for line in (folder / "choices.jsonl").read_text("utf-8").splitlines()]
+        contexts = load_contexts(folder / "context.jsonl", load_records(questions), choose=True)
+        assert [row["id"] for row in named] == list(answers)
+        for row, context in zip(named, contexts, strict=True):
+            assert set(row["candidates"]) == {rule.id for rule in context.rules}
+            assert split_choice(answers[row["id"]])[0] is None
+            if decoding == "constrained":
+                assert row["named"] in [*row["candidates"], NONE]
+                assert row["rule"] == (None if row["named"] == NONE else row["named"])
+
+    gold = ("-m", "malpyeong.predict", TINY_BASE, folder / "dev.json", *predict[4:], *asked, "-o", folder / "gold.json")
+    chosen = (folder / "choices.jsonl").read_text("utf-8")
+    assert run_module(*gold, "--decoding", "free").returncode == 0
+    assert (folder / "choices.jsonl").read_text("utf-8") == chosen  # the answers in the file changed nothing
+    refused = run_module(*predict, "--choices", folder / "choices.jsonl", "-o", folder / "none.json")
+    assert (refused.returncode, refused.stderr.strip()) == (
+        2,
+        "Error: --choices needs --context, the rules to choose among",
+    )
