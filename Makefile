@@ -21,8 +21,8 @@ help: ## list the targets
 	@echo "  make sft-NAME      SFT with dev loss deciding when to stop        DATA=data  RUNS=runs"
 	@echo "  make doctor-NAME   look whether the GRPO stage will run, and fit  GPU=t4|24gb|40gb|80gb (default: what is here)"
 	@echo "  make grpo-NAME     GRPO, going on from the SFT adapter            MODEL=another hub id, or a folder"
-	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=more for the command, such as"
-	@echo "  make submit-NAME   answer test.json and write a checked submission     training.max_steps=500 or --load-in-4bit"
+	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=anything else that the command takes,"
+	@echo "  make submit-NAME   answer test.json, write a checked submission     as training.max_steps=500 or --batch-size=4"
 	@echo "  NAME: $(MODELS)"
 
 setup: $(STAMP) ## make .venv and install everything (once)
