@@ -73,12 +73,12 @@ bench-decoding: $(STAMP) ## free, constrained and voted answers of the tiny mode
 CARD  = $(if $(GPU),gpu=$(GPU)) $(if $(MODEL),"model.name=$(MODEL)") $(ARGS)
 
 # Solved examples, and rules where DATA/rules.json is there (python -m malpyeong.retrieval and malpyeong.rules): the same
-# for every model and stage, so made once; remove RUNS/context*.jsonl after a change of the data.
-SEARCH = set --; test ! -e "$(DATA)/rules.json" || set -- --rules "$(DATA)/rules.json"; \
-  $(RUN) -m malpyeong.retrieval search "$$@" --examples "$(DATA)/train.json"
-define CONTEXT
-@test -e "$(RUNS)/context.jsonl" || { $(SEARCH) "$(DATA)/train.json" "$(DATA)/dev.json" -o "$(RUNS)/context.jsonl"; }
-endef
+# for every model and stage, so made once, and again when a file in DATA is newer.  $(call search,QUESTIONS,OUTPUT)
+search = @set -- $(1) --examples "$(DATA)/train.json"; \
+  test ! -e "$(DATA)/rules.json" || set -- "$$@" --rules "$(DATA)/rules.json"; \
+  test -e "$(2)" && test -z "$$(find $(1) "$(DATA)/train.json" "$(DATA)/rules.json" -newer "$(2)" 2>/dev/null)" || \
+  $(RUN) -m malpyeong.retrieval search "$$@" -o "$(2)"
+CONTEXT = $(call search,"$(DATA)/train.json" "$(DATA)/dev.json",$(RUNS)/context.jsonl)
 # What GRPO and a look at it beforehand are given.
 GRPO  = data.train="$(DATA)/train.json" data.context="$(RUNS)/context.jsonl" \
   model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD)
@@ -100,7 +100,7 @@ export-%: $(STAMP)
 	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged" $(ARGS)
 
 submit-%: $(STAMP)
-	@test -e "$(RUNS)/context-test.jsonl" || { $(SEARCH) "$(DATA)/test.json" -o "$(RUNS)/context-test.jsonl"; }
+	$(call search,"$(DATA)/test.json",$(RUNS)/context-test.jsonl)
 	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(DATA)/test.json" -o "$(RUNS)/$*-test.json" \
 	  --context "$(RUNS)/context-test.jsonl" $(ARGS)
 	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
