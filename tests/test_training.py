@@ -477,7 +477,7 @@ def test_a_model_that_is_not_there_is_one_line(run_module, tmp_path):
     questions = DATA / "test_questions.json"
     result = run_module("-m", "malpyeong.predict", tmp_path / "없음", questions, "-o", tmp_path / "out.json")
     assert result.returncode == 2
-    assert "cannot be loaded as a model" in result.stderr.splitlines()[-1]
+    assert "없음: cannot be loaded as a model (no such folder)" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 
