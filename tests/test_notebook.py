@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 # SFT until it knows the form, without which GRPO learns nothing; GRPO with small groups.
 SHORT = """
-SFT += ["training.epochs=3", "training.batch_size=8", "training.warmup_steps=2", "training.eval_steps=9"]
+SFT += ["training.epochs=2.5", "training.batch_size=8", "training.warmup_steps=2", "training.eval_steps=15"]
 GRPO += ["training.batch_size=8", "training.num_generations=4", "training.max_completion_length=80"]
 SFT.append("model.max_length=320")
 GRPO.append("model.max_length=320")
