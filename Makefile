@@ -21,8 +21,8 @@ help: ## list the targets
 	@echo "  make sft-NAME      SFT with dev loss deciding when to stop        DATA=data  RUNS=runs"
 	@echo "  make doctor-NAME   look whether the GRPO stage will run, and fit  GPU=t4|24gb|40gb|80gb (default: what is here)"
 	@echo "  make grpo-NAME     GRPO, going on from the SFT adapter            MODEL=another hub id, or a folder"
-	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=more for the command, such as"
-	@echo "  make submit-NAME   answer test.json and write a checked submission     training.max_steps=500 or --load-in-4bit"
+	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=anything else that the command takes,"
+	@echo "  make submit-NAME   answer test.json, write a checked submission     as training.max_steps=500 or --batch-size=4"
 	@echo "  make mine-NAME     which rules make the gold answers likelier: labels for NAME-choice, with DATA/rules.json"
 	@echo "  NAME: $(MODELS)"
 
@@ -77,12 +77,12 @@ bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of th
 CARD  = $(if $(GPU),gpu=$(GPU)) $(if $(MODEL),"model.name=$(MODEL)") $(ARGS)
 
 # Solved examples, and rules where DATA/rules.json is there (python -m malpyeong.retrieval and malpyeong.rules): the same
-# for every model and stage, so made once; remove RUNS/context*.jsonl after a change of the data.
-SEARCH = set --; test ! -e "$(DATA)/rules.json" || set -- --rules "$(DATA)/rules.json"; \
-  $(RUN) -m malpyeong.retrieval search "$$@" --examples "$(DATA)/train.json"
-define CONTEXT
-@test -e "$(RUNS)/context.jsonl" || { $(SEARCH) "$(DATA)/train.json" "$(DATA)/dev.json" -o "$(RUNS)/context.jsonl"; }
-endef
+# for every model and stage, so made once, and again when a file in DATA is newer.  $(call search,QUESTIONS,OUTPUT)
+search = @set -- $(1) --examples "$(DATA)/train.json"; \
+  test ! -e "$(DATA)/rules.json" || set -- "$$@" --rules "$(DATA)/rules.json"; \
+  test -e "$(2)" && test -z "$$(find $(1) "$(DATA)/train.json" "$(DATA)/rules.json" -newer "$(2)" 2>/dev/null)" || \
+  $(RUN) -m malpyeong.retrieval search "$$@" -o "$(2)"
+CONTEXT = $(call search,"$(DATA)/train.json" "$(DATA)/dev.json",$(RUNS)/context.jsonl)
 # NAME-choice names a rule before it answers (docs/choice.md); which one is right is known from make mine-NAME.
 LABELS = $(if $(filter %-choice,$*),data.choice="$(RUNS)/$(patsubst %-choice,%,$*)-mined/contexts.jsonl")
 # What GRPO and a look at it beforehand are given.
@@ -112,7 +112,7 @@ export-%: $(STAMP)
 	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged" $(ARGS)
 
 submit-%: $(STAMP)
-	@test -e "$(RUNS)/context-test.jsonl" || { $(SEARCH) "$(DATA)/test.json" -o "$(RUNS)/context-test.jsonl"; }
+	$(call search,"$(DATA)/test.json",$(RUNS)/context-test.jsonl)
 	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(DATA)/test.json" -o "$(RUNS)/$*-test.json" \
 	  --context "$(RUNS)/context-test.jsonl" $(if $(filter %-choice,$*),--choices "$(RUNS)/$*-choices.jsonl") $(ARGS)
 	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"

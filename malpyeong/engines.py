@@ -44,7 +44,7 @@ class Decoding:
     samples: int = 1
     temperature: float = 0.8
     seed: int = 0
-    max_new_tokens: int = 512
+    max_new_tokens: int = 320
 
     def __post_init__(self) -> None:
         if self.constrained and self.max_new_tokens < MIN_CONSTRAINED_TOKENS:

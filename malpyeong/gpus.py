@@ -6,6 +6,7 @@ table, and the doctor names the lever for the rest. SFT has 16 answers a step on
 the card, because all completions of a step are sampled together, and that is what takes most memory.
 """
 
+import shutil
 from typing import Any, Literal
 
 from malpyeong.errors import InputError
@@ -71,6 +72,11 @@ def detect() -> str:
     import torch
 
     if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi"):
+            raise InputError(
+                f"gpu: auto finds no GPU, though nvidia-smi is here: torch {torch.__version__} does not run with this "
+                "driver or card; install a build of torch for the CUDA version that nvidia-smi names (pytorch.org)"
+            )
         raise InputError(
             "gpu: auto finds no GPU here; state the card with gpu=t4, 24gb, 40gb or 80gb, or try a recipe of "
             "recipes/tiny on a CPU"

@@ -379,6 +379,8 @@ def _is_spare(tokenizer: "PreTrainedTokenizerBase", token: str) -> bool:
 
 def _not_found(name: str, error: Exception) -> InputError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if name.count("/") > 1 and not Path(name).exists():  # not a hub id, about whose form the reason would be
+        reason = "no such folder"
     return InputError(
         f"{name}: cannot be loaded as a model ({reason[:200]}); give a folder with config.json and weights, or a "
         "hub id while online"

@@ -76,7 +76,7 @@ def check_run(output: Path, recipe: Block, inputs: Sequence[Path], resume: bool)
     if different:
         raise InputError(
             f"{output}: holds a run of another recipe or other data (different: {', '.join(different[:5])}); choose "
-            "another output folder"
+            "another output folder (make: RUNS=…)"
         )
     return last_checkpoint(output)
 

@@ -69,7 +69,7 @@ def test_a_card_that_is_not_on_the_dial_is_an_error():
         load_recipe(path, ["gpu=t4", "model.max_length=320"], GRPORecipe)
 
 
-def test_the_card_that_is_here_is_found():
+def test_the_card_that_is_here_is_found(monkeypatch):
     assert [nearest(size, True) for size in (8, 15.0, 23.6, 22.0, 39.4, 47.4, 79.1, 139)] == [
         None, "t4", "24gb", "24gb", "40gb", "40gb", "80gb", "80gb",
     ]  # fmt: skip
@@ -77,7 +77,11 @@ def test_the_card_that_is_here_is_found():
     import torch
 
     if not torch.cuda.is_available():
+        monkeypatch.setattr("shutil.which", lambda name: None)
         with pytest.raises(InputError, match="gpu: auto finds no GPU here; state the card with gpu=t4"):
+            load_recipe(RECIPES / "qwen" / "sft.yaml", [], SFTRecipe)
+        monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+        with pytest.raises(InputError, match=r"though nvidia-smi is here: torch .* does not run with this driver"):
             load_recipe(RECIPES / "qwen" / "sft.yaml", [], SFTRecipe)
 
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from malpyeong.answer import answer_grammar, close_reason, format_problem, parse_answer, reason_grammar, write_answer
@@ -21,7 +22,7 @@ from malpyeong.errors import InputError
 from malpyeong.files import PartFile
 from malpyeong.model import load_for_prediction, load_tokenizer, tokenizer_for_prediction
 from malpyeong.options import options, verdicts
-from malpyeong.predict import fitted, predict
+from malpyeong.predict import fitted, main, predict
 from malpyeong.prompts import build_messages, prompt_ids, prompt_length
 from malpyeong.records import load_records, write_records
 from malpyeong.rules import load_rule_book
@@ -390,3 +391,21 @@ def test_contexts_are_fitted_to_the_length_that_training_saved(command, run_modu
 
     tokenizer.model_max_length = VERY_LARGE_INTEGER  # what a tokenizer has whose files say nothing
     assert fitted(tokenizer, asked, [whole] * 12, 64) == [whole] * 12
+
+
+def test_a_full_gpu_is_one_line_and_keeps_what_is_there(command, tmp_path, monkeypatch):
+    """Raised here where a GPU would: there is none."""
+    answers, left = TransformersEngine.answers, [2]
+
+    def full(engine, records):
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answers(engine, records)
+
+    monkeypatch.setattr(TransformersEngine, "answers", full)
+    result = CliRunner().invoke(main, [*command[2:], str(tmp_path / "답.json")])
+    assert result.exit_code == 2
+    part = tmp_path / ".답.json.part.jsonl"
+    assert f"lower --batch-size=2, or add --load-in-4bit; first remove {part}" in result.output
+    assert len(part.read_text("utf-8").splitlines()) == 1 + 2 * 2

@@ -422,6 +422,8 @@ def test_the_merged_model_is_the_adapter_model(dequantised, grpo_run, tmp_path):
     assert parity.max_logit_diff <= 1e-4
     assert parity.same_answers
     model, tokenizer = load_for_prediction(str(tmp_path / "병합"))
+    assert tokenizer.model_max_length == 768  # as in the recipe; the base's own is another
+    assert load_tokenizer(str(TINY_BASE)).model_max_length != 768
     original, _ = load_for_prediction(str(TINY_BASE), str(grpo_run / "adapter"))
     if not dequantised:
         merged, adapted = (TransformersEngine(it, tokenizer, Decoding(max_new_tokens=160)) for it in (model, original))
@@ -475,7 +477,7 @@ def test_a_model_that_is_not_there_is_one_line(run_module, tmp_path):
     questions = DATA / "test_questions.json"
     result = run_module("-m", "malpyeong.predict", tmp_path / "없음", questions, "-o", tmp_path / "out.json")
     assert result.returncode == 2
-    assert "cannot be loaded as a model" in result.stderr.splitlines()[-1]
+    assert "없음: cannot be loaded as a model (no such folder)" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 

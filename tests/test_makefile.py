@@ -1,0 +1,76 @@
+"""What the Makefile's targets hand to the commands, in a folder whose name has a space and Hangul."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Run targets with a command in Python's place that shows its arguments; return those of each call."""
+    shown = f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
+    data = tmp_path / "대회 자료"
+    data.mkdir()
+    for name in ("train", "dev", "test"):
+        (data / f"{name}.json").touch()
+
+    def run(*arguments):
+        command = ["make", "-s", "-o", ".venv/.installed", f"RUN={shown}", f"DATA={data}", f"RUNS={tmp_path / '결 과'}"]
+        result = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+        assert result.returncode == 0, result.stderr
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    return run
+
+
+def test_every_stage_gets_the_context(make, tmp_path):
+    data, runs = tmp_path / "대회 자료", tmp_path / "결 과"
+    train, context = data / "train.json", runs / "context.jsonl"
+    search, sft = make("sft-qwen", "GPU=t4", "ARGS=training.epochs=1 --quick")
+    files = [f"{train}", f"{data / 'dev.json'}", "--examples", f"{train}"]
+    assert search == ["-m", "malpyeong.retrieval", "search", *files, "-o", f"{context}"]
+    assert sft[:2] == ["recipes/sft.py", "recipes/qwen/sft.yaml"]
+    assert sft[4:] == [
+        f"data.context={context}", f"training.output={runs / 'qwen-sft'}", "gpu=t4", "training.epochs=1", "--quick",
+        "--resume", "auto",
+    ]  # fmt: skip
+
+    # The doctor looks at what GRPO will be given.
+    (searched, grpo), (_, doctor) = make("grpo-qwen", "MODEL=내 모형"), make("doctor-qwen", "MODEL=내 모형")
+    assert searched == search
+    assert doctor[:2] == ["-m", "malpyeong.doctor"]
+    assert [*doctor[2:], "--resume", "auto"] == grpo[1:]
+    assert f"data.context={context}" in grpo
+    assert "model.name=내 모형" in grpo
+
+    search, predict, submit = make("submit-qwen", "ARGS=--batch-size 4")
+    files = [f"{data / 'test.json'}", "--examples", f"{train}"]
+    assert search == ["-m", "malpyeong.retrieval", "search", *files, "-o", f"{runs / 'context-test.jsonl'}"]
+    assert predict[-4:] == ["--context", f"{runs / 'context-test.jsonl'}", "--batch-size", "4"]
+    assert submit[-1] == f"{runs / 'qwen-submission.json'}"
+
+
+def test_a_context_is_made_once_and_again_when_the_data_is_newer(make, tmp_path):
+    data, context = tmp_path / "대회 자료", tmp_path / "결 과" / "context.jsonl"
+    context.parent.mkdir()
+    context.touch()
+    assert len(make("grpo-qwen")) == 1
+    rules = data / "rules.json"
+    rules.touch()
+    os.utime(rules, (0, 0))
+    assert len(make("grpo-qwen")) == 1
+    for name in ("rules", "train", "dev"):
+        later = context.stat().st_mtime + 10
+        os.utime(data / f"{name}.json", (later, later))
+        search, _ = make("grpo-qwen")
+        assert search[-4:] == ["--rules", f"{rules}", "-o", f"{context}"]
+        os.utime(context, (later, later))
+        assert len(make("grpo-qwen")) == 1
