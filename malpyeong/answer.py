@@ -179,12 +179,12 @@ def format_problem(text: str) -> str | None:
 def answer_grammar(verdicts: Sequence[str] = ()) -> str:
     """Return the format as a grammar for constrained decoding, in llguidance's dialect of Lark (& and ~ on terminals).
 
-    What it lets through has no :func:`format_problem`, but for what such a grammar cannot say: a reason that is too long,
-    that repeats itself or that is mostly loose jamo, a pair (혹은) of which one is empty. :func:`malpyeong.engines.finish`
-    mends those, and the particle, since either may follow a sentence.
+    What it lets through has no :func:`format_problem`, but for what such a grammar cannot say: a reason that is too
+    long, that repeats itself or that is mostly loose jamo, and a pair (혹은) of which one is empty. Those are mended by
+    :func:`malpyeong.engines.finish`, and so is the particle, since either may follow a sentence.
 
-    Well-formed answers that it does not let through have doubled spaces, control or direction characters, a reason
-    without a syllable, that begins with a mark or has a space before its last one, or a sentence that begins with a verdict.
+    Well-formed answers that it does not let through have doubled spaces, control or direction characters, a sentence
+    that begins with a verdict, or a reason that has no syllable, begins with a mark or has a space before its last one.
 
     Args:
         verdicts: ``"문장"가 옳다.`` of the sentences to choose among; any sentence if empty.
@@ -206,10 +206,13 @@ def _reason_after(verdict: str) -> str:
     return "REASON_I" if verdict.endswith("이 옳다.") else "REASON"
 
 
-# Few terminals with few, flat conditions each: these take half of the library's default limit ("fuel") in their costliest
-# step. The particle that a sentence's last letter calls for, or what a pair needs, would take more than there is.
+# Few terminals with few, flat conditions each: the costliest step of these takes half of the library's default limit
+# ("fuel"). The particle that a sentence's last letter calls for, or what a pair needs, would take more than there is.
 _ANY = "(?s:.*)"
-_HIDDEN = r"\s\u{0}-\u{1f}\u{7f}-\u{9f}\u{ad}\u{61c}\u{200b}-\u{200f}\u{202a}-\u{202e}\u{2060}-\u{2069}\u{feff}\u{fff9}-\u{fffd}"
+_HIDDEN = (
+    r"\s\u{0}-\u{1f}\u{7f}-\u{9f}\u{ad}\u{61c}\u{200b}-\u{200f}\u{202a}-\u{202e}\u{2060}-\u{2069}"
+    r"\u{feff}\u{fff9}-\u{fffd}"
+)
 _VISIBLE = f"[^{_HIDDEN}]"
 _TEXT = rf"{_VISIBLE}([ \u{{a0}}]?{_VISIBLE})*"
 _BROKEN = r"[\u{1100}-\u{1112}][\u{1161}-\u{1175}]"
