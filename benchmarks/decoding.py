@@ -3,14 +3,15 @@
     make bench-decoding ADAPTERS="runs/sft-0/adapter runs/sft-1/adapter runs/sft-2/adapter"
     python -m benchmarks.decoding ADAPTER… [--records 345] [--samples 5]
 
-Every way of decoding answers the same questions with the same model in one process; per adapter the ways take turns, so
-that seconds compare. ``free`` and ``free, repaired`` are one run. Each adapter is another seed of the same training.
+Every way of decoding answers the same questions with the same model; per adapter the ways take turns, so that seconds
+compare. ``free`` and ``free, repaired`` are one run. Each adapter is another seed of the same training. Every row is
+written as soon as it is measured, and the same command goes on from there.
 """
 
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +23,11 @@ import torch
 
 from malpyeong.answer import parse_answer
 from malpyeong.engines import Decoding, TransformersEngine
+from malpyeong.errors import InputError
 from malpyeong.files import digest, write_text
 from malpyeong.model import load_for_prediction
 from malpyeong.options import options
-from malpyeong.predict import predict
+from malpyeong.predict import model_digest, predict
 from malpyeong.records import Record, load_records
 from malpyeong.repair import repair
 from malpyeong.samples import DATA, TINY_BASE
@@ -59,27 +61,57 @@ def measure(golds: Sequence[Record], answers: Sequence[str], seconds: float) -> 
     }
 
 
-def compare(
-    model: str, adapter: str | None, golds: Sequence[Record], samples: int, batch_size: int, max_new_tokens: int
-) -> dict[str, dict[str, float]]:
-    """Return every way's measurements with one model."""
-    loaded = load_for_prediction(model, adapter)
-    ways = {
+def ways_of_decoding(samples: int, max_new_tokens: int) -> dict[str, Decoding]:
+    """Return the ways that are compared, by name; without votes if there is but one sample."""
+    found = {
         "free": Decoding(max_new_tokens=max_new_tokens),
         "constrained": Decoding(True, max_new_tokens=max_new_tokens),
-        f"free, {samples} samples": Decoding(samples=samples, max_new_tokens=max_new_tokens),
-        f"constrained, {samples} samples": Decoding(True, samples, max_new_tokens=max_new_tokens),
     }
-    rows: dict[str, dict[str, float]] = {}
+    if samples > 1:
+        found[f"free, {samples} samples"] = Decoding(samples=samples, max_new_tokens=max_new_tokens)
+        found[f"constrained, {samples} samples"] = Decoding(True, samples, max_new_tokens=max_new_tokens)
+    return found
+
+
+def compare(
+    model: str,
+    adapter: str | None,
+    golds: Sequence[Record],
+    ways: Mapping[str, Decoding],
+    batch_size: int,
+    done: Mapping[str, dict[str, float]],
+) -> Iterator[dict[str, dict[str, float]]]:
+    """Yield each way's measurements with one model, by name, in turn; ways that are done are left out."""
+    if all(name in done for name in ways):
+        return
+    loaded = load_for_prediction(model, adapter)
     for name, decoding in ways.items():
+        if name in done:
+            continue
         start = time.perf_counter()
         found = dict(predict(TransformersEngine(*loaded, decoding), golds, batch_size))
         seconds = time.perf_counter() - start
         answers = [found[place] for place in range(len(golds))]
-        rows[name] = measure(golds, answers, seconds)
+        rows = {name: measure(golds, answers, seconds)}
         if name == "free":
             rows["free, repaired"] = measure(golds, [repair(answer)[0] for answer in answers], seconds)
-        click.echo(f"{adapter or model}: {name}: {rows[name]}", err=True)
+        yield rows
+
+
+def unfinished(output: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the rows that a killed run has left in ``output``: adapter → way → measurements.
+
+    Raises:
+        InputError: they are of something else.
+    """
+    if not output.exists():
+        return {}
+    result = json.loads(output.read_text("utf-8"))
+    differing = [key for key in made_of if result.get(key) != made_of[key]]
+    if differing:
+        raise InputError(f"{output}: holds rows of another {', '.join(differing)}; remove it, or name another with -o")
+    click.echo(f"going on from the rows in {output}; remove it to measure them again", err=True)
+    rows: dict[str, dict[str, dict[str, float]]] = result["runs"]
     return rows
 
 
@@ -89,6 +121,9 @@ def table(runs: Sequence[dict[str, dict[str, float]]]) -> str:
     for name in runs[0]:
         cells = [f"{mean(run[name][key] for run in runs):.3f}" for key in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| EM of each run |" + " |" * len(runs), "|-" * (len(runs) + 1) + "|"]
+    for name in runs[0]:
+        lines.append(f"| {name} | {' | '.join('{exact_match:.3f}'.format(**run[name]) for run in runs)} |")
     wins = sum(run["constrained"]["exact_match"] >= run["free"]["exact_match"] for run in runs)
     lines += ["", f"Constrained EM is not below free EM in {wins} of {len(runs)} runs."]
     return "\n".join(lines) + "\n"
@@ -99,7 +134,7 @@ def table(runs: Sequence[dict[str, dict[str, float]]]) -> str:
 @click.option("--model", default=str(TINY_BASE), show_default="the sample base")
 @click.option("--questions", type=click.Path(path_type=Path), default=DATA / "test.json", help="With gold answers.")
 @click.option("--records", type=click.IntRange(min=1), help="Only that many, spread over the file.")
-@click.option("--samples", default=5, show_default=True, type=click.IntRange(min=2))
+@click.option("--samples", default=5, show_default=True, type=click.IntRange(min=1), help="Of a vote; 1: no votes.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--max-new-tokens", default=200, show_default=True, type=click.IntRange(min=64))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/decoding.json"))
@@ -117,19 +152,26 @@ def main(
     golds = load_records(questions, answers="gold")
     if records:
         golds = golds[:: max(1, len(golds) // records)][:records]
-    runs = [compare(model, adapter, golds, samples, batch_size, max_new_tokens) for adapter in (adapters or (None,))]
-    result: dict[str, Any] = {
-        "date": date.today().isoformat(),
+    made_of = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, GPU: {torch.cuda.is_available()}",
         "versions": {name: version(name) for name in ("torch", "transformers", "llguidance")},
-        "adapters": [digest(Path(adapter) / "adapter_model.safetensors") for adapter in adapters],
+        "model": model_digest(model),
+        "questions": digest(questions),
         "records": len(golds),
-        "samples": samples,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
-        "runs": runs,
     }
-    write_text(output, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+    found = unfinished(output, made_of)
+    ways = ways_of_decoding(samples, max_new_tokens)
+    runs = []
+    for adapter in adapters or (None,):
+        run = found.setdefault(model_digest(adapter) if adapter else "no adapter", {})
+        for rows in compare(model, adapter, golds, ways, batch_size, run):
+            run.update(rows)
+            result = {"date": date.today().isoformat(), **made_of, "runs": found}
+            write_text(output, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+            click.echo(f"{adapter or model}: {rows}", err=True)
+        runs.append({name: row for name, row in run.items() if name in (*ways, "free, repaired")})
     write_text(output.with_suffix(".md"), table(runs))
     click.echo(table(runs))
 

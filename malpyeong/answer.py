@@ -179,9 +179,12 @@ def format_problem(text: str) -> str | None:
 def answer_grammar(verdicts: Sequence[str] = ()) -> str:
     """Return the format as a grammar for constrained decoding, in llguidance's dialect of Lark (& and ~ on terminals).
 
-    What it lets through has no :func:`format_problem`, but for what no such grammar can say: a reason that is too long,
-    that repeats itself or that is mostly loose jamo (:func:`close_reason` cuts those). Either particle may follow a
-    sentence. A space is never doubled, and control and direction characters do not occur.
+    What it lets through has no :func:`format_problem`, but for what such a grammar cannot say: a reason that is too
+    long, that repeats itself or that is mostly loose jamo, and a pair (혹은) of which one is empty. Those are mended by
+    :func:`malpyeong.engines.finish`, and so is the particle, since either may follow a sentence.
+
+    Well-formed answers that it does not let through have doubled spaces, control or direction characters, a sentence
+    that begins with a verdict, or a reason that has no syllable, begins with a mark or has a space before its last one.
 
     Args:
         verdicts: ``"문장"가 옳다.`` of the sentences to choose among; any sentence if empty.
@@ -203,36 +206,43 @@ def _reason_after(verdict: str) -> str:
     return "REASON_I" if verdict.endswith("이 옳다.") else "REASON"
 
 
-# Few terminals with few conditions each. The particle that a sentence's last letter calls for could be said here too,
-# but is more than the library's default limits allow.
+# Few terminals with few, flat conditions each: the costliest step of these takes half of the library's default limit
+# ("fuel"). The particle that a sentence's last letter calls for, or what a pair needs, would take more than there is.
 _ANY = "(?s:.*)"
-_VISIBLE = r"[^\s\u{0}-\u{1f}\u{7f}-\u{9f}\u{200b}-\u{200f}\u{202a}-\u{202e}\u{2060}-\u{2069}\u{feff}\u{fffd}]"
+_HIDDEN = (
+    r"\s\u{0}-\u{1f}\u{7f}-\u{9f}\u{ad}\u{61c}\u{200b}-\u{200f}\u{202a}-\u{202e}\u{2060}-\u{2069}"
+    r"\u{feff}\u{fff9}-\u{fffd}"
+)
+_VISIBLE = f"[^{_HIDDEN}]"
 _TEXT = rf"{_VISIBLE}([ \u{{a0}}]?{_VISIBLE})*"
 _BROKEN = r"[\u{1100}-\u{1112}][\u{1161}-\u{1175}]"
 _MARKUP = r"<\/?think>|```"
-_OTHER_VERDICT = r"""["'”’“‘]\s?((으가|이)\s옳다|(으로|로)\s?(고쳐|바꾸어|바꿔)\s?(쓴다|써야\s?한다))"""
+# A verdict within the sentence, as `parse_answer` would find it.
+_INNER_VERDICT = r"""["'”’“‘]\s?((으가|[가이])\s옳다|(으로|로)\s?(고쳐|바꾸어|바꿔)\s?(쓴다|써야\s?한다))"""
 _TERMINALS = rf"""
 verdict_ga[lazy]: VERDICT_GA
 verdict_i[lazy]: VERDICT_I
-VERDICT_GA: /"{_TEXT}"가 옳다[.]/ & ~/{_ANY}({_MARKUP}|가\s옳다{_ANY} 옳다|{_OTHER_VERDICT}{_ANY} 옳다){_ANY}/
-VERDICT_I: /"{_TEXT}"이 옳다[.]/ & ~/{_ANY}({_MARKUP}|[가이]\s옳다{_ANY} 옳다|{_OTHER_VERDICT}{_ANY} 옳다){_ANY}/
-REASON: / [^.,\s]([ \u{{a0}}]?{_VISIBLE})*[.!?。…]["'”’)\]」』]*/ & /{_ANY}[가-힣]{_ANY}/ & ~UNFIT
+VERDICT_GA: /"{_TEXT}"가 옳다[.]/ & ~/{_ANY}({_MARKUP}|(가 옳다|{_INNER_VERDICT}){_ANY} 옳다){_ANY}/
+VERDICT_I: /"{_TEXT}"이 옳다[.]/ & ~/{_ANY}({_MARKUP}|([가이] 옳다|{_INNER_VERDICT}){_ANY} 옳다){_ANY}/
+REASON: / [^.,{_HIDDEN}]([ \u{{a0}}]?{_VISIBLE})*[.!?。…]["'”’)\]」』]*/ & /{_ANY}[가-힣]{_ANY}/ & ~UNFIT
 UNFIT: /{_ANY}({_MARKUP}|{_BROKEN}){_ANY}/
 REASON_I: REASON & ~/{_ANY}가 옳다{_ANY}/
 """
 
 
 def close_reason(reason: str) -> str:
-    """Cut off the end of a reason that is too long, repeats itself or stops within a sentence.
+    """Mend a reason that is too long, repeats itself, is mostly loose jamo or stops within a sentence.
 
     Nothing is added but a period. Of a loop the first round is kept; an unfinished sentence goes if another one stands
-    before it.
+    before it; of what is hardly text the syllables are kept. Where there is a syllable in it, the result is one in
+    which :func:`format_problem` finds nothing of these.
     """
     while True:
         closed = reason[: MAX_REASON_CHARS - 1].strip()
-        loop = _REPEATED.search(closed)
-        if loop:
-            closed = closed[: loop.start() + len(loop[1] or loop[2])]
+        if _hardly_text(closed):
+            syllables = re.search("[가-힣].*", _JAMO.sub(" ", reason), re.DOTALL)
+            closed = " ".join(syllables[0].split())[: MAX_REASON_CHARS - 1] if syllables else closed
+        closed = _REPEATED.sub(lambda loop: loop[1] or loop[2], closed)
         if not _SENTENCE_END.search(closed):
             whole = _WHOLE_SENTENCES.match(closed)
             closed = whole[0] if whole else closed.rstrip(" ,") + "."
@@ -248,12 +258,15 @@ def _reason_problem(reason: str) -> str | None:
         return "reason repeats the same words"
     if _DECOMPOSED.search(reason):
         return "reason has syllables in pieces (text that went through NFD)"
-    letters = sum(character.isalpha() for character in reason)
-    if not letters:
-        return "no reason"
-    if 2 * len(_JAMO.findall(reason)) > letters:
-        return "reason is mostly loose jamo"
+    if _hardly_text(reason):
+        return "reason is mostly loose jamo" if _JAMO.search(reason) else "no reason"
     return None
+
+
+def _hardly_text(reason: str) -> bool:
+    """Tell whether a reason has no letters, or more loose jamo than others."""
+    letters = sum(character.isalpha() for character in reason)
+    return not letters or 2 * len(_JAMO.findall(reason)) > letters
 
 
 def unwrap(text: str) -> str:

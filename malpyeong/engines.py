@@ -255,15 +255,21 @@ def structured_outputs(record: Record) -> Any:  # noqa: ANN401 -- vllm.sampling_
 def finish(text: str) -> str:
     """Return a constrained answer with the right particle and a reason that ends, as the grammar could not say.
 
-    A text that has no verdict (there was not even room to close the sentence) comes back as it is.
+    A text that has no verdict (there was not even room to close the sentence) comes back as it is. Of a sentence that
+    says 이 옳다 itself the particle stays 가: behind 이 the contest would split within the sentence.
     """
     found = parse_answer(text)
     if not found.complete or not found.reason:
         return text
-    particle, reason = right_particle(found), close_reason(found.reason)
-    if particle == "이":
-        reason = without_second_verdict(reason)
+    if not all(found.sentences):  # a pair of which one is empty, or both
+        sentence = "".join(found.sentences) or found.joiner
+        return finish(f'"{sentence}"{found.particle} 옳다. {found.reason}')
     quoted = f" {found.joiner} ".join(f'"{sentence}"' for sentence in found.sentences)
+    particle = "가" if "이 옳다" in quoted else right_particle(found)
+    reason, mended = "", found.reason
+    while mended != reason:
+        reason = mended
+        mended = close_reason(without_second_verdict(reason) if particle == "이" else reason)
     return f"{quoted}{particle} 옳다. {reason}"
 
 
@@ -281,7 +287,7 @@ class _Format:
         self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(self.ends))
         self._compiled: dict[str, Any] = {}
         self.closings = [_ids(tokenizer, f'"{particle} 옳다.') for particle in ("가", "이")]
-        self.period = _ids(tokenizer, ".")
+        self.endings = [_ids(tokenizer, ending) for ending in (".", "다.")]  # the second where there is no syllable yet
 
     def row(self, verdict: str, limit: int) -> "_Row":
         """Return the state of an answer that goes on from ``verdict``, or that is new if it is ""."""
@@ -329,9 +335,14 @@ class _Row:
         elif self.matcher.is_accepting():
             if left <= self.limit // 8:
                 return [self.format.end]
-        elif left <= 6 and self.matcher.validate_tokens(self.format.period) == len(self.format.period):
-            return self.format.period[:1]
+        elif left <= 8:
+            self.forced = next((list(ending) for ending in self.format.endings if self._ends_with(ending)), [])
         return self.forced
+
+    def _ends_with(self, ending: list[int]) -> bool:
+        """Tell whether the reason is whole after these tokens."""
+        after = self.matcher.deep_copy()
+        return bool(after.try_consume_tokens(ending) == len(ending) and after.is_accepting())
 
     def _closing(self) -> list[int]:
         """Return the tokens that close the sentence, [] if it cannot end here (behind a space, within a character)."""

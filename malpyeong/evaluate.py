@@ -1,9 +1,9 @@
 """Score a prediction file against a gold file: ``python -m malpyeong.evaluate GOLD PRED``."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -16,6 +16,8 @@ from malpyeong.scoring.report import AVERAGES, METRICS, RecordScore, compare, co
 
 if TYPE_CHECKING:
     from malpyeong.scoring.pairs import PairScorer
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 _COLUMNS = {
     "exact_match": "EM",
@@ -107,21 +109,34 @@ def parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     return metrics
 
 
+def scoring_options(command: Command) -> Command:
+    """Add to a click command what every scoring of a prediction file takes: the two files, metrics and their models."""
+    for add in (
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.option("--bleurt-model", help="Hub id or folder; the contest's BLEURT-20 if not given."),
+        click.option(
+            "--bertscore-model", help="Hub id or folder; the contest's bert-base-multilingual-cased if not given."
+        ),
+        click.option(
+            "--labels", type=click.Path(path_type=Path), help="JSON of record id → norm category, to average by."
+        ),
+        click.option(
+            "--metrics",
+            default=",".join(METRICS),
+            show_default=True,
+            callback=parse_metrics,
+            help="Comma-separated; any of these.",
+        ),
+        click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path)),
+        click.argument("gold", type=click.Path(path_type=Path)),
+    ):
+        command = add(command)
+    return command
+
+
 @click.command()
-@click.argument("gold", type=click.Path(path_type=Path))
-@click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path))
-@click.option(
-    "--metrics",
-    default=",".join(METRICS),
-    show_default=True,
-    callback=parse_metrics,
-    help="Comma-separated; any of these.",
-)
+@scoring_options
 @click.option("--against", type=click.Path(path_type=Path), help="Another prediction file to compare PRED with.")
-@click.option("--labels", type=click.Path(path_type=Path), help="JSON of record id → norm category, to average by.")
-@click.option("--bertscore-model", help="Hub id or folder; the contest's bert-base-multilingual-cased if not given.")
-@click.option("--bleurt-model", help="Hub id or folder; the contest's BLEURT-20 if not given.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--worst", default=5, show_default=True, help="How many of the worst records to show.")
 def main(

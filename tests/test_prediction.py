@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,15 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from malpyeong.answer import answer_grammar, close_reason, format_problem, parse_answer, reason_grammar, write_answer
 from malpyeong.consensus import choose
 from malpyeong.context import Context, write_contexts
-from malpyeong.engines import MIN_CONSTRAINED_TOKENS, Decoding, TransformersEngine, VLLMEngine, finish
+from malpyeong.engines import (
+    MIN_CONSTRAINED_TOKENS,
+    Decoding,
+    FormatGuard,
+    TransformersEngine,
+    VLLMEngine,
+    _Format,
+    finish,
+)
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile
 from malpyeong.model import load_for_prediction, load_tokenizer, tokenizer_for_prediction
@@ -25,11 +34,13 @@ from malpyeong.options import options, verdicts
 from malpyeong.predict import fitted, main, predict
 from malpyeong.prompts import build_messages, prompt_ids, prompt_length
 from malpyeong.records import load_records, write_records
+from malpyeong.repair import repair
 from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from tests.conftest import ROOT
 
 GOLD = load_records(DATA / "test.json", "gold")
+HANGUL = re.compile("[가-힣]")
 QUESTIONS = [record for record in GOLD if record.question_type == "선택형"][:4] + [
     record for record in GOLD if record.question_type == "교정형"
 ][:4]
@@ -118,6 +129,88 @@ def test_the_grammar_refuses_what_has_a_problem(text, bpe):
     assert not accepts(bpe, matcher(bpe, answer_grammar()), text)
 
 
+# What format, split and parser trip over, to be put together by chance.
+AWKWARD = (
+    *('"', "'", "“", "”", "‘", "’", " ", "\u00a0", "\n", "#", "```", "``", "<think>", "</th", "ink>", "\u202e"),
+    *(
+        "가 옳다",
+        "이 옳다",
+        "으가 옳다",
+        "옳다",
+        "으로 고쳐 쓴다",
+        "로 바꿔 써야 한다",
+        '"가 옳다. ',
+        '"이 옳다. ',
+        "가",
+        "이",
+    ),
+    *(
+        "혹은",
+        "또는",
+        '" 혹은 "',
+        "' 또는 “",
+        "갔다.",
+        "감",
+        "ㄹ",
+        "ㅋㅋ",
+        "…",
+        "!",
+        ". ",
+        "a",
+        "1",
+        "가" * 7,
+        " 가 가 가",
+    ),
+    *("\u1100", "\u1161"),
+)
+
+
+def test_what_the_grammar_lets_through_is_well_formed_and_nothing_else_is(bpe):
+    compiled, chance = matcher(bpe, answer_grammar()), random.Random(0)
+    accepted = 0
+    for _ in range(10_000):
+        head, tail = ("".join(chance.choices(AWKWARD, k=chance.randint(1, 6))) for _ in range(2))
+        text = f'"{head}"{chance.choice("가이")} 옳다. {tail}{chance.choice([".", "!”", "…", ""])}'
+        problem = format_problem(text)
+        if accepts(bpe, compiled, text):
+            accepted += 1
+            assert problem is None or problem.startswith(("reason repeats", "reason is mostly", "empty sent")), text
+            assert format_problem(finish(text)) is None, text
+        elif problem is None:
+            # Only what the grammar's docstring names.
+            reason = text.partition(" 옳다. ")[2] if head.count("옳다") == 0 else "."
+            hidden = any(mark in text for mark in ("  ", "\u00a0 ", " \u00a0", "\u00a0\u00a0", "\u202e", "\n"))
+            odd_reason = reason[0] in "., " or " " in text[-3:-1].replace("\u00a0", " ") or not HANGUL.search(reason)
+            assert hidden or odd_reason or re.match("(으?가|이) 옳다|으?로 (고쳐|바꿔)", head), text
+    assert accepted > 1_000
+
+
+@pytest.mark.parametrize("name", ["tiny", "bpe"])
+@pytest.mark.parametrize("limit", [MIN_CONSTRAINED_TOKENS, 200])
+def test_whatever_the_logits_the_answer_is_well_formed(name, limit, request):
+    """Chance in the place of a model, with a liking for what is awkward; every answer ends within its limit."""
+    model, tokenizer = request.getfixturevalue(name)
+    formatted, chance = _Format(model, tokenizer), random.Random(limit)
+    torch.manual_seed(limit)
+    fragments = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in AWKWARD]
+    for verdict in ("", "", "", '"감."이 옳다.'):
+        rows = [formatted.row(verdict, limit) for _ in range(16)]
+        guard, wanted = FormatGuard(rows, 0), [[] for _ in rows]
+        ids = torch.empty(len(rows), 0, dtype=torch.long)
+        for _ in range(limit):
+            scores = torch.randn(len(rows), model.config.vocab_size)
+            for row, fragment in enumerate(wanted):
+                if not fragment and chance.random() < 0.7:
+                    fragment += chance.choice(fragments)
+                if fragment:
+                    scores[row, fragment.pop(0)] += 20
+            ids = torch.cat([ids, guard(ids, scores).argmax(1, keepdim=True)], 1)
+        for row in ids.tolist():
+            end = next((place for place, token in enumerate(row) if token in formatted.ends), len(row))
+            text = finish(verdict + tokenizer.decode(row[:end]))
+            assert format_problem(text) is None, (tokenizer.decode(row[:end]), text)
+
+
 @pytest.mark.parametrize("name", ["tiny", "bpe"])
 def test_constrained_answers_are_well_formed_whatever_the_model(name, request):
     """Drawn hot, so that the models ramble; the shortest limit that is allowed; a batch of both question types."""
@@ -179,9 +272,13 @@ def test_the_vote():
         ("이유다. 그러므로", "이유다."),
         ("이유는 의존 명", "이유는 의존 명."),
         ("이유다.", "이유다."),
-        ("앞말과 띄어 띄어 띄어 띄어 쓴다.", "앞말과 띄어."),
+        ("앞말과 띄어 띄어 띄어 띄어 쓴다.", "앞말과 띄어 쓴다."),
         ("꼬꼬꼬꼬꼬꼬꼬꼬", "꼬."),
         ("가나 " * 400, "가나."),
+        ("ㅋㅋㅋㅋ! 이유다ㅋㅋㅋㅋ.", "이유다 ."),
+        ("!" * 700 + "이유다.", "이유다."),
+        ("! ! ! ! 이유다.", "! 이유다."),
+        ("ㅋㅋ", "ㅋㅋ."),
     ],
 )
 def test_close_reason(reason, closed):
@@ -192,6 +289,12 @@ def test_close_reason(reason, closed):
 def test_finish_sets_the_particle():
     assert finish("\"감.\"가 옳다. '나'가 옳다.") == "\"감.\"이 옳다. '나'가 맞다."
     assert finish('"가게에 갔') == '"가게에 갔'
+    assert finish('"" 혹은 "나옴."가 옳다. 이유다.') == '"나옴."이 옳다. 이유다.'
+    assert finish('"\' 혹은 ‘\' 또는 ""가 옳다. 이유다.') == '"또는"이 옳다. 이유다.'
+    # Behind 이 the contest would split within the sentence.
+    assert finish('"네 말이 옳음."가 옳다. 이유다.') == '"네 말이 옳음."이 옳다. 이유다.'
+    assert finish('"이것이 옳다는 말."가 옳다. 이유다.') == '"이것이 옳다는 말."가 옳다. 이유다.'
+    assert repair('"이것이 옳다는 말."가 옳다. 이유다.') == ('"이것이 옳다는 말."가 옳다. 이유다.', ())
 
 
 def test_what_cannot_be_asked_for():

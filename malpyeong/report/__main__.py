@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 
 from malpyeong.errors import InputError
-from malpyeong.evaluate import load_answers, load_categories, load_scorers, parse_metrics
+from malpyeong.evaluate import load_answers, load_categories, load_scorers, scoring_options
 from malpyeong.files import check_writable, write_text
-from malpyeong.scoring.report import METRICS, score_records
+from malpyeong.scoring.report import score_records
 
 
 @click.group()
@@ -16,20 +16,8 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("gold", type=click.Path(path_type=Path))
-@click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path))
+@scoring_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
-@click.option(
-    "--metrics",
-    default=",".join(METRICS),
-    show_default=True,
-    callback=parse_metrics,
-    help="Comma-separated; any of these.",
-)
-@click.option("--labels", type=click.Path(path_type=Path), help="JSON of record id → norm category, to average by.")
-@click.option("--bertscore-model", help="Hub id or folder; the contest's bert-base-multilingual-cased if not given.")
-@click.option("--bleurt-model", help="Hub id or folder; the contest's BLEURT-20 if not given.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 def errors(
     gold: Path,
     prediction: Path,

@@ -1,21 +1,17 @@
 """Why an answer loses Exact Match: one cause an answer, read off the question, the gold answer and the prediction."""
 
-import itertools
+import os.path
 import re
 import unicodedata
 from collections.abc import Sequence
 from enum import StrEnum
 
 from malpyeong.answer import contest_split, parse_answer
+from malpyeong.options import options, question_sentence, quoted_lines
 from malpyeong.records import Record
 from malpyeong.scoring.exact_match import exact_match, normalise
 
-_QUOTES = "\"'“”‘’"
-_DASHES = "―ㅡ—–-"
-_QUOTED = re.compile(rf"[{_QUOTES}](.+)[{_QUOTES}]", re.DOTALL)
-_CHOICE = re.compile(r"\{([^{}]*/[^{}]*)\}")
 _PARTICLE = re.compile(r"(?:으?가|이) 옳다\Z")
-_MAX_SUBSTITUTIONS = 64
 
 
 class Cause(StrEnum):
@@ -81,74 +77,37 @@ def _cause_beside_the_sentence(gold: str, prediction: str) -> Cause:
 
 
 def _cause_in_the_sentence(gold: Record, right: Sequence[str], predicted: str) -> Cause:
-    asked = _asked_sentences(gold.question)
-    offered = asked if len(asked) > 1 else _substitutions(asked[0], right) if asked else []
-    if len(offered) > 1 and predicted in map(normalise, offered):
+    offered = [normalise(sentence) for sentence in options(gold)]
+    asked = [normalise(sentence) for sentence in quoted_lines(gold.question)]
+    if predicted in offered:
         return Cause.OTHER_OPTION
-    if len(offered) <= 1 and predicted in map(normalise, asked):
+    if not offered and predicted in asked:
         return Cause.UNCHANGED
     for sentence in right:
         if _without_spaces(sentence) == _without_spaces(predicted):
             return Cause.SPACING
         if any(_without_punctuation(sentence, by) == _without_punctuation(predicted, by) for by in ("", " ")):
             return Cause.PUNCTUATION
+    if _without_spaces(predicted) in map(_without_spaces, offered):  # a space beside the braces may be stray
+        return Cause.OTHER_OPTION
     if len(asked) != 1:
         return Cause.OTHER
-    source = normalise(asked[0])
+    source = normalise(question_sentence(gold.question))
     # Where the question's sentence is right already, any other is altered in passing.
-    if not any(
-        sentence != source and _same_outside(*_unchanged_ends(source, sentence), predicted) for sentence in right
-    ):
+    alike = [offered] if offered else [[source, sentence] for sentence in right if sentence != source]
+    if not any(_same_outside(*_common_ends(sentences), predicted) for sentences in alike):
         return Cause.ELSEWHERE
-    return Cause.NOT_OFFERED if len(offered) > 1 else Cause.WRONG_CORRECTION
+    return Cause.NOT_OFFERED if offered else Cause.WRONG_CORRECTION
 
 
 def _sentences(answer: str) -> tuple[str, ...]:
     return tuple(normalise(sentence) for sentence in parse_answer(answer).sentences)
 
 
-def _asked_sentences(question: str) -> list[str]:
-    """Return the sentences that a question is about: its lines after the first, or what it quotes in its only one."""
-    first, _, rest = question.partition("\n")
-    lines = [line.strip().lstrip(_DASHES).strip() for line in rest.splitlines() if line.strip()]
-    if not lines:
-        quoted = _QUOTED.search(first)
-        return [quoted[1].strip()] if quoted else []
-    return [quoted[1].strip() if (quoted := _QUOTED.fullmatch(line)) else line for line in lines]
-
-
-def _substitutions(sentence: str, right: Sequence[str]) -> list[str]:
-    """Return the sentence with every choice of ``{a/b}`` filled in; none if it has no choice.
-
-    A space after a brace may be stray: it is dropped where that is what gives a right sentence.
-    """
-    *parts, end = _CHOICE.split(sentence)
-    texts, groups = parts[::2], [[option.strip() for option in options.split("/")] for options in parts[1::2]]
-    if not groups:
-        return []
-    ways = list(itertools.islice(itertools.product(*groups), _MAX_SUBSTITUTIONS))
-    tight = [texts[0], *(text.lstrip() for text in texts[1:])]
-    as_written, without_space = (
-        ["".join(itertools.chain(*zip(between, way, strict=True), [rest])) for way in ways]
-        for between, rest in ((texts, end), (tight, end.lstrip()))
-    )
-    return without_space if set(map(normalise, without_space)) & set(right) else as_written
-
-
-def _unchanged_ends(source: str, right: str) -> tuple[str, str]:
-    """Return how ``source`` begins and ends, in whole words, where the right sentence begins and ends alike.
-
-    What lies between a first and a last brace is open whatever the right sentence says there.
-    """
-    choices = list(_CHOICE.finditer(source))
-    if choices:
-        return source[: choices[0].start()].rstrip(), source[choices[-1].end() :].lstrip()
-    start = next(
-        (n for n, (a, b) in enumerate(zip(source, right, strict=False)) if a != b), min(len(source), len(right))
-    )
-    rest = min(len(source), len(right)) - start
-    end = next((n for n in range(rest) if source[-1 - n] != right[-1 - n]), rest)
-    head, tail = source[:start], source[len(source) - end :]
+def _common_ends(sentences: Sequence[str]) -> tuple[str, str]:
+    """Return how all sentences begin and end alike, in whole words."""
+    head = os.path.commonprefix(sentences)
+    tail = os.path.commonprefix([sentence[len(head) :][::-1] for sentence in sentences])[::-1]
     return head[: head.rfind(" ") + 1].rstrip(), tail[tail.find(" ") :].lstrip() if " " in tail else ""
 
 
