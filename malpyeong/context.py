@@ -65,7 +65,7 @@ def load_contexts(path: str | Path, records: Sequence[Record], choose: bool = Fa
             f'"{printable(missing[0], 40)}"); remove it and make it again with python -m malpyeong.retrieval search '
             "from every question file that is used"
         )
-    return [found[record.id, record.question] for record in records]
+    return [replace(found[record.id, record.question], choose=choose) for record in records]
 
 
 def write_contexts(

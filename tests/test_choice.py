@@ -202,10 +202,10 @@ def test_recipes_need_rules_to_choose_among_and_labels_to_reward():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Twenty short questions with three rules each, the labelled one first, second, third or not among them."""
+    """Short questions with three short rules each, the labelled one first, second, third or not among them."""
     folder = tmp_path_factory.mktemp("고르기 시험")
     records = sorted(load_records(DATA / "train.json", answers="gold"), key=lambda record: len(record.question))[:20]
-    short = sorted(RULES, key=lambda rule: len(rule.full_text))[:4]
+    short = [Rule(f"한글 맞춤법 제{number}항", "맞춤법", "그대로 적는다.") for number in range(1, 5)]
     ranked = [[(0.0, short[(place + step) % 4]) for step in range(3)] for place in range(20)]
     write_records(folder / "train.json", records)
     write_records(folder / "dev.json", records[:4])
