@@ -259,11 +259,10 @@ def finish(text: str) -> str:
     says 이 옳다 itself the particle stays 가: behind 이 the contest would split within the sentence.
     """
     found = parse_answer(text)
-    if not found.complete or not found.reason:
+    if not found.complete or not found.reason or not "".join(found.sentences) + found.joiner:
         return text
-    if not all(found.sentences):  # a pair of which one is empty, or both
-        sentence = "".join(found.sentences) or found.joiner
-        return finish(f'"{sentence}"{found.particle} 옳다. {found.reason}')
+    while found.joiner and not all(found.sentences):  # of a pair one is empty, or both
+        found = parse_answer(f'"{"".join(found.sentences) or found.joiner}"{found.particle} 옳다. {found.reason}')
     quoted = f" {found.joiner} ".join(f'"{sentence}"' for sentence in found.sentences)
     particle = "가" if "이 옳다" in quoted else right_particle(found)
     reason, mended = "", found.reason

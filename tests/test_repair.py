@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from malpyeong.answer import contest_split, format_problem, parse_answer
 from malpyeong.records import Record, load_records
 from malpyeong.repair import repair
+from malpyeong.report.causes import Cause, find_cause
 from malpyeong.samples import DATA
 from malpyeong.scoring.exact_match import exact_match
 from malpyeong.submit import problems, warnings
@@ -81,6 +82,8 @@ ADVERSARIAL = {
     "a megabyte in the reason": f'정답: "가."가 옳다. {"이유 " * 330_000}',
     "a megabyte of verdicts": '"가"가 옳다. ' * 90_000,
     "a megabyte of quotes": '"' * 1_000_000,
+    "a megabyte of joiners": '" 혹은 "' * 160_000,
+    "a megabyte of braces": f'"{"{가/나}" * 200_000}"가 옳다. 이유다.',
     "control characters": '\x07\x1b[31m"가.\x00"가 옳다.\x08 이유다.',
     "direction marks": '\u202e"가.\u202c"\u200f가 옳다. \u2067이유다.',
 }
@@ -99,3 +102,4 @@ def test_adversarial_answers_break_nothing(case, question):
     shown = problems(record) + warnings(record)
     assert all(len(text) < 1_000 and "\x1b" not in text and "\u202e" not in text for text in shown)
     assert exact_match(mended, '"가."가 옳다. 이유다.') in (0.0, 1.0)
+    assert isinstance(find_cause(record.with_answer('"가."가 옳다. 이유다.'), answer), Cause | None)

@@ -161,6 +161,8 @@ def test_chart_leaves_out_what_is_no_number_and_keeps_its_ticks_round():
     assert [(line.name, line.steps) for line in made.lines] == [("a", [1, 3])]
     assert [tick.label for tick in made.y_ticks] == ["0", "0.5", "1", "1.5"]
     assert made.lines[0].path == "M0.00 66.67L100.00 0.00"
+    curve = {"a": (list(range(30)), [1.0] * 30)}
+    assert [bool(chart("", "", curve, average=average).lines[0].smooth) for average in (True, False)] == [True, False]
     assert chart("빈", "", {"a": ([1], [float("nan")])}) is None
     assert chart("같은 값", "", {"a": ([5], [-3.0])}).lines[0].path.startswith("M50.00 ")
     assert [number(value) for value in (None, -0.25, 1234567.0, 0.000012345)] == [

@@ -15,7 +15,7 @@ _PARTICLE = re.compile(r"(?:으?가|이) 옳다\Z")
 
 
 class Cause(StrEnum):
-    """Why Exact Match fails, as the page names it; in the order in which they are shown."""
+    """Why Exact Match fails, as the page names it."""
 
     NO_VERDICT = "판정 없음·형식"
     PARTICLE = "조사만 다름"

@@ -63,7 +63,9 @@ class Chart:
         )
 
 
-def chart(title: str, note: str, curves: Mapping[str, Points], low: float | None = None) -> Chart | None:
+def chart(
+    title: str, note: str, curves: Mapping[str, Points], low: float | None = None, average: bool = True
+) -> Chart | None:
     """Lay out a chart, or return None where there is nothing to draw.
 
     Args:
@@ -71,6 +73,7 @@ def chart(title: str, note: str, curves: Mapping[str, Points], low: float | None
         note: how to read it.
         curves: name → points; values that are no finite numbers are left out.
         low: where the y axis starts at the latest, as 0 for a share.
+        average: draw a moving average over twenty values and more; it lags behind where values fall or rise steadily.
     """
     finite = {name: _finite(points) for name, points in curves.items()}
     finite = {name: points for name, points in finite.items() if points[0]}
@@ -90,7 +93,12 @@ def chart(title: str, note: str, curves: Mapping[str, Points], low: float | None
         return f"M{'L'.join(places * 2 if len(places) == 1 else places)}"  # a dot, with round caps
 
     lines = [
-        Line(name, *points, path(points), path((points[0], moving_average(points[1]))) if len(points[0]) >= 20 else "")
+        Line(
+            name,
+            *points,
+            path(points),
+            path((points[0], moving_average(points[1]))) if average and len(points[0]) >= 20 else "",
+        )
         for name, points in finite.items()
     ]
     x_ticks = [step for step in _ticks(first, last, 5) if first <= step <= last and step == int(step)]

@@ -122,7 +122,7 @@ def error_page(
         left_out=[_NAMES[METRICS[metric]] for metric in left_out],
         rows=rows,
         entries=entries,
-        causes=[(cause, causes[cause]) for cause in Cause if cause in causes],
+        causes=causes.most_common(),
         categories=sorted({entry.category for entry in entries if entry.category}),
         types=[(row.name, row.averages["records"]) for row in rows if row.group == "유형"],
         format_problems=Counter(entry.format_problem for entry in entries if entry.format_problem).most_common(),

@@ -214,7 +214,8 @@ def _points(log: Sequence[Mapping[str, Any]], key: str) -> Points:
 def _charts(run: Run, wanted: Iterable[tuple[str, str, Mapping[str, str], float | None]]) -> list[Chart]:
     """Make charts of (title, note, name → key of the log, start of the y axis); those without a value are left out."""
     made = (
-        chart(title, note, {name: _points(run.log, key) for name, key in names.items()}, low)
+        # SFT logs means over several steps already.
+        chart(title, note, {name: _points(run.log, key) for name, key in names.items()}, low, bool(run.weights))
         for title, note, names, low in wanted
     )
     return [one for one in made if one is not None]
