@@ -341,8 +341,8 @@ class _Row:
         return str(self.format.tokenizer.decode(self.ids))
 
 
-_HAS_VERDICT = re.compile(r'"[가이] 옳다\.')
-_CLOSED_VERDICT = re.compile(r'.\S"[가이] 옳다\.\Z')
+_HAS_VERDICT = re.compile(r'.\S"[가이] 옳다\.')  # behind a sentence: the opening quote closes nothing
+_CLOSED_VERDICT = re.compile(rf"{_HAS_VERDICT.pattern}\Z")
 
 
 class FormatGuard:

@@ -194,7 +194,7 @@ def test_what_the_grammar_lets_through_is_well_formed_and_nothing_else_is(bpe):
             reason = text.partition(" 옳다. ")[2] if head.count("옳다") == 0 else "."
             hidden = any(mark in text for mark in ("  ", "\u00a0 ", " \u00a0", "\u00a0\u00a0", "\u202e", "\n"))
             odd_reason = reason[0] in "., " or " " in text[-3:-1].replace("\u00a0", " ") or not HANGUL.search(reason)
-            assert hidden or odd_reason or re.match("(으?가|이) 옳다|으?로 (고쳐|바꿔)", head), text
+            assert hidden or odd_reason, text
     assert accepted > 1_000
 
 
