@@ -183,8 +183,8 @@ def answer_grammar(verdicts: Sequence[str] = ()) -> str:
     long, that repeats itself or that is mostly loose jamo, and a pair (혹은) of which one is empty. Those are mended by
     :func:`malpyeong.engines.finish`, and so is the particle, since either may follow a sentence.
 
-    Well-formed answers that it does not let through have doubled spaces, control or direction characters, a sentence
-    that begins with a verdict, or a reason that has no syllable, begins with a mark or has a space before its last one.
+    Well-formed answers that it does not let through have doubled spaces, control or direction characters, or a reason
+    that has no syllable, begins with a mark or has a space before its last one.
 
     Args:
         verdicts: ``"문장"가 옳다.`` of the sentences to choose among; any sentence if empty.
@@ -217,8 +217,8 @@ _VISIBLE = f"[^{_HIDDEN}]"
 _TEXT = rf"{_VISIBLE}([ \u{{a0}}]?{_VISIBLE})*"
 _BROKEN = r"[\u{1100}-\u{1112}][\u{1161}-\u{1175}]"
 _MARKUP = r"<\/?think>|```"
-# A verdict within the sentence, as `parse_answer` would find it.
-_INNER_VERDICT = r"""["'”’“‘]\s?((으가|[가이])\s옳다|(으로|로)\s?(고쳐|바꾸어|바꿔)\s?(쓴다|써야\s?한다))"""
+# A verdict within the sentence, as `parse_answer` would find it; the quote at the very start closes nothing.
+_INNER_VERDICT = r"""(?s:.)["'”’“‘]\s?((으가|[가이])\s옳다|(으로|로)\s?(고쳐|바꾸어|바꿔)\s?(쓴다|써야\s?한다))"""
 _TERMINALS = rf"""
 verdict_ga[lazy]: VERDICT_GA
 verdict_i[lazy]: VERDICT_I

@@ -290,11 +290,13 @@ class _Format:
 
     def row(self, verdict: str, limit: int) -> "_Row":
         """Return the state of an answer that goes on from ``verdict``, or that is new if it is ""."""
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         grammar = reason_grammar(verdict) if verdict else answer_grammar()
         if grammar not in self._compiled:
-            self._compiled[grammar] = LLMatcher(self._tokens, grammar)
+            # Ten times the default, which suffices as far as is known: a slow step is better than none.
+            limits = LLParserLimits(step_lexer_fuel=2_000_000)
+            self._compiled[grammar] = LLMatcher(self._tokens, grammar, limits=limits)
         return _Row(self, self._compiled[grammar].deep_copy(), max(limit, MIN_CONSTRAINED_TOKENS // 2), not verdict)
 
 
@@ -355,8 +357,8 @@ class _Row:
         return str(self.format.tokenizer.decode(self.ids))
 
 
-_HAS_VERDICT = re.compile(r'"[가이] 옳다\.')
-_CLOSED_VERDICT = re.compile(r'.\S"[가이] 옳다\.\Z')
+_HAS_VERDICT = re.compile(r'.\S"[가이] 옳다\.')  # behind a sentence: the opening quote closes nothing
+_CLOSED_VERDICT = re.compile(rf"{_HAS_VERDICT.pattern}\Z")
 
 
 class FormatGuard:

@@ -104,6 +104,23 @@ def test_the_grammar_takes_every_gold_answer(name, request):
             assert accepts(loaded, matcher(loaded, reason_grammar(verdict)), record.answer.removeprefix(verdict))
 
 
+@pytest.mark.parametrize("name", ["tiny", "bpe"])
+def test_the_grammar_keeps_to_the_default_limits_at_every_step(name, request):
+    """As vLLM has it, which does not let them be set; what is costly is the mask over all tokens."""
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+    model, tokenizer = loaded = request.getfixturevalue(name)
+    compiled = matcher(loaded, answer_grammar())
+    mask = allocate_token_bitmask(1, model.config.vocab_size)
+    for text in (GOLD[0].answer, '"네가 "혹은 갔다."가 옳다. 나다.', '"이것이 옳다고 함."이 옳다.'):
+        fresh = compiled.deep_copy()
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            fill_next_token_bitmask(fresh, mask)
+            if not fresh.try_consume_tokens([token]):
+                break
+        assert fresh.get_error() == "", text
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -181,7 +198,7 @@ def test_what_the_grammar_lets_through_is_well_formed_and_nothing_else_is(bpe):
             reason = text.partition(" 옳다. ")[2] if head.count("옳다") == 0 else "."
             hidden = any(mark in text for mark in ("  ", "\u00a0 ", " \u00a0", "\u00a0\u00a0", "\u202e", "\n"))
             odd_reason = reason[0] in "., " or " " in text[-3:-1].replace("\u00a0", " ") or not HANGUL.search(reason)
-            assert hidden or odd_reason or re.match("(으?가|이) 옳다|으?로 (고쳐|바꿔)", head), text
+            assert hidden or odd_reason, text
     assert accepted > 1_000
 
 
