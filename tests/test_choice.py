@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
 from malpyeong.context import Context, load_contexts, write_contexts
 from malpyeong.errors import InputError
 from malpyeong.model import load_tokenizer
+from malpyeong.predict import main as predict_command
 from malpyeong.prompts import build_messages, fit_contexts, prompt_length
 from malpyeong.records import Record, load_records, write_records
 from malpyeong.rules import Rule, load_rule_book
@@ -234,13 +236,18 @@ def test_a_model_learns_to_choose_and_its_choice_is_kept_apart_from_the_answer(f
 
     questions = folder / "questions.json"
     write_records(questions, [dataclasses.replace(record, answer=None) for record in load_records(folder / "dev.json")])
-    predict = ("-m", "malpyeong.predict", TINY_BASE, questions, "--adapter", adapter, "--max-new-tokens", "80")
-    asked = ("--context", folder / "context.jsonl", "--choices", folder / "choices.jsonl")
+    asked = ["--context", folder / "context.jsonl", "--choices", folder / "choices.jsonl"]
+
+    def predict(*options):
+        command = [TINY_BASE, "--adapter", adapter, "--max-new-tokens", 80, *options]
+        return CliRunner().invoke(predict_command, list(map(str, command)))
+
     for decoding in ("constrained", "free"):
         output = folder / f"{decoding}.json"
-        assert run_module(*predict, *asked, "--decoding", decoding, "-o", output).returncode == 0
+        assert predict(questions, *asked, "--decoding", decoding, "-o", output).exit_code == 0
         answers = {record.id: record.answer for record in load_records(output)}
-        named = [json.loads(line) for line in (folder / "choices.jsonl").read_text("utf-8").splitlines()]
+        chosen = (folder / "choices.jsonl").read_text("utf-8")
+        named = [json.loads(line) for line in chosen.splitlines()]
         contexts = load_contexts(folder / "context.jsonl", load_records(questions), choose=True)
         assert [row["id"] for row in named] == list(answers)
         for row, context in zip(named, contexts, strict=True):
@@ -250,12 +257,7 @@ def test_a_model_learns_to_choose_and_its_choice_is_kept_apart_from_the_answer(f
                 assert row["named"] in [*row["candidates"], NONE]
                 assert row["rule"] == (None if row["named"] == NONE else row["named"])
 
-    gold = ("-m", "malpyeong.predict", TINY_BASE, folder / "dev.json", *predict[4:], *asked, "-o", folder / "gold.json")
-    chosen = (folder / "choices.jsonl").read_text("utf-8")
-    assert run_module(*gold, "--decoding", "free").returncode == 0
+    assert predict(folder / "dev.json", *asked, "--decoding", "free", "-o", folder / "gold.json").exit_code == 0
     assert (folder / "choices.jsonl").read_text("utf-8") == chosen  # the answers in the file changed nothing
-    refused = run_module(*predict, "--choices", folder / "choices.jsonl", "-o", folder / "none.json")
-    assert (refused.returncode, refused.stderr.strip()) == (
-        2,
-        "Error: --choices needs --context, the rules to choose among",
-    )
+    refused = predict(questions, "--choices", folder / "choices.jsonl", "-o", folder / "none.json")
+    assert (refused.exit_code, refused.output) == (2, "Error: --choices needs --context, the rules to choose among\n")
