@@ -1,13 +1,14 @@
 """What the context in the prompt is worth: nothing, rules, solved examples, both, and rules that the model chooses.
 
     make bench-contexts                                   (hours on two cores; goes on where it stopped)
-    python -m benchmarks.contexts --seed 0 --seed 1 -o runs/contexts
+    python -m benchmarks.contexts --seed 0 -o runs/contexts
 
-For each seed and each kind of context the tiny model is fine-tuned with that context in its prompts (SFT, one epoch of
-half of the train split), and answers the sample test and unseen questions with the same kind. Candidates and examples
-are what BM25 finds. Of the model that was trained with the retrieved rule two more rows come without training:
-the same questions with a random rule and with the labelled one (oracle) in its place. ``choice`` sees three rules in
-any order and names one first, after SFT, and after GRPO on top of it (recipes/tiny-choice).
+For each seed the tiny model is fine-tuned as in the demo; from there once more with each kind of context in its
+prompts (half of the train split, one epoch), and answers the sample test and unseen questions with the same kind.
+Rules and examples are what BM25 finds; a rule is shown by its title and three examples, because this model reads one
+character at a time. Of the model that was trained with the retrieved rule two more rows come without training: the
+same questions with a random rule and with the labelled one (oracle) in its place. ``choice`` sees three rules in any
+order and names one first, after SFT, and after GRPO on top of it (recipes/tiny-choice).
 """
 
 import json
@@ -17,6 +18,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -47,6 +49,11 @@ ROWS = {
     "choice of three rules, SFT": ("choice", "choice"),
     "choice of three rules, SFT + GRPO": ("choice-grpo", "choice"),
 }
+
+
+def short(rule: Rule) -> Rule:
+    """Return a rule with its title for its text, and three of its examples."""
+    return replace(rule, text=rule.title or rule.text, title="", examples=rule.examples[:3])
 
 
 def variants(record: Record, found: Context, label: Labels, rules: Sequence[Rule]) -> dict[str, Context]:
@@ -96,29 +103,34 @@ class Bench:
             variants(record, context, label, rules)
             for record, context, label in zip(records, load_contexts(found, records), labels, strict=True)
         ]
-        for kind in rows[0]:  # the scores are of no use from here on
+        for kind in rows[0]:  # scores are of no use from here on; "choice" is written last
             ranked = [row[kind] for row in rows]
+            its_rules = [[(0.0, short(rule)) for rule in context.rules] for context in ranked]
             write_contexts(
                 self.output / f"{kind}.jsonl",
                 records,
-                [[(-float(place), rule) for place, rule in enumerate(context.rules)] for context in ranked],
-                [[(-float(place), one) for place, one in enumerate(context.examples)] for context in ranked],
+                its_rules,
+                [[(0.0, one) for one in row.examples] for row in ranked],
             )
 
     def train(self, kind: str, seed: int) -> Path:
-        """Return the adapter that was trained with one kind of context."""
+        """Return the adapter of the demo's SFT ("sft"), or the one that went on from it with one kind of context."""
         run = self.output / f"{kind}-{seed}"
-        context = self.output / f"{kind.removesuffix('-grpo')}.jsonl"
-        common = (f"training.output={run}", f"training.seed={seed}", f"data.context={context}", "--resume", "auto")
-        if kind == "choice-grpo":
-            recipe = (RECIPES / "grpo.py", RECIPES / "tiny-choice" / "grpo.yaml")
-            return self.make(run / "adapter", *recipe, f"model.adapter={self.train('choice', seed)}", *common)
-        choice = () if kind == "choice" else ("data.choice=null",)
-        no_context = ("data.context=null",) if kind == "none" else ()
-        recipe = (RECIPES / "sft.py", RECIPES / "tiny-choice" / "sft.yaml")
-        return self.make(
-            run / "adapter", *recipe, f"data.train={self.output / 'train.json'}", *choice, *common, *no_context
-        )
+        common = (f"training.output={run}", f"training.seed={seed}", "--resume", "auto")
+        if kind == "sft":
+            return self.make(run / "adapter", RECIPES / "sft.py", RECIPES / "tiny" / "sft.yaml", *common)
+        stage = "grpo" if kind == "choice-grpo" else "sft"
+        start = self.train("choice" if stage == "grpo" else "sft", seed)
+        overrides = [f"model.adapter={start}"]
+        if stage == "sft":
+            overrides.append(f"data.train={self.output / 'train.json'}")
+        if kind == "none":
+            overrides += ["data.context=null", "data.choice=null"]
+        else:
+            overrides.append(f"data.context={self.output / kind.removesuffix('-grpo')}.jsonl")
+            overrides += [] if kind.startswith("choice") else ["data.choice=null"]
+        recipe = (RECIPES / f"{stage}.py", RECIPES / "tiny-choice" / f"{stage}.yaml")
+        return self.make(run / "adapter", *recipe, *overrides, *common)
 
     def measure(self, trained: str, asked: str, seed: int) -> dict[str, float]:
         """Return one row of one seed."""
