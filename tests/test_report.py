@@ -283,6 +283,8 @@ def test_no_scrolling_sideways_on_a_phone_and_print_hides_the_controls(small_pag
     assert light == (scheme == "light")
     page.emulate_media(media="print")
     assert not page.locator(".controls").is_visible()
+    bar = page.locator(".bar").first  # Browsers leave backgrounds out on paper.
+    assert bar.evaluate("bar => getComputedStyle(bar).printColorAdjust") == "exact"
     assert len(visible_ids(page)) == 6
 
 
