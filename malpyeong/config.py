@@ -177,8 +177,8 @@ class EncoderBlock(Block):
 
 
 class RetrieverData(Block):
-    """Questions, the rule of each (record id → rule id), the rule book, and how many hard negatives a question gets:
-    the rules other than its own that BM25 ranks first."""
+    """Questions, the rule of each (given or mined labels: a file of ``malpyeong.choice``), the rule book, and how many
+    hard negatives a question gets: the rules other than its own that BM25 ranks first."""
 
     train: str
     labels: str

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from malpyeong.choice import load_choice_labels
 from malpyeong.config import RetrieverRecipe, load_recipe
 from malpyeong.errors import InputError
 from malpyeong.files import new_folder
 from malpyeong.records import Record, load_records
 from malpyeong.retrieval.bm25 import BM25
-from malpyeong.retrieval.evaluate import check_labels, load_labels
+from malpyeong.retrieval.evaluate import check_labels
 from malpyeong.retrieval.neural import load_encoder, query_text
 from malpyeong.retrieval.question import read_question
 from malpyeong.retrieval.search import Retriever, rule_documents
@@ -81,7 +82,13 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     """Train a dual encoder, as RECIPE says."""
     recipe = load_recipe(recipe_file, overrides, RetrieverRecipe)
     model_block, data, training = recipe.model, recipe.data, recipe.training
-    records, rules, labels = load_records(data.train), load_rule_book(data.rules), load_labels(Path(data.labels))
+    records, rules = load_records(data.train), load_rule_book(data.rules)
+    gains = [label.gains for label in load_choice_labels(data.labels, records)]
+    labels = {record.id: max(of, key=of.__getitem__) for record, of in zip(records, gains, strict=True) if of}
+    if len(labels) < len(records):
+        left_out = len(records) - len(labels)
+        click.echo(f"{left_out} of {len(records)} questions are left out: {data.labels} names no rule for them")
+        records = [record for record in records if record.id in labels]
     check_labels(Path(data.labels), labels, records, rules)
     if data.negatives >= len(rules):
         raise InputError(f"data.negatives={data.negatives}: {data.rules} has only {len(rules)} rules")

@@ -79,10 +79,17 @@ def test_training_makes_a_better_encoder(base, questions, tmp_path):
     assert "another recipe or other data (different: data.negatives)" in other.stderr
 
 
-def test_a_lora_adapter_is_merged(base, questions, tmp_path):
+def test_a_lora_adapter_is_merged_and_labels_may_be_mined(base, questions, tmp_path):
+    mined = tmp_path / "contexts.jsonl"
+    with mined.open("w", encoding="utf-8") as file:
+        for place, record in enumerate(load_records(questions)):
+            candidate = {"rule": LABELS[record.id], "improvement_ratio": 0.3 if place % 16 else -0.1}
+            row = {"id": record.id, "ppl_question": 2.0, "candidates": [candidate]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     lora = '{"r": 4, "alpha": 16, "target_modules": ["q_proj", "down_proj"]}'
-    result = train(*overrides(base, questions, tmp_path / "run"), f"model.lora={lora}", "training.epochs=0.5")
+    result = train(*overrides(base, questions, tmp_path / "run"), f"model.lora={lora}", f"data.labels={mined}")
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "4 of 64 questions are left out" in result.stdout
     load_encoder(str(base), "float32", 512).save_pretrained(str(tmp_path / "untrained"))
     before, after = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "untrained", tmp_path / "run/model")
@@ -99,7 +106,7 @@ def test_a_lora_adapter_is_merged(base, questions, tmp_path):
         ("data.negatives=140", "has only 140 rules"),
         ("model.max_length=64", "do not fit model.max_length=64"),
         ("model.name=no/such", "no sentence-transformers model can be loaded"),
-        (f"data.labels={DATA / 'rules.json'}", "expected an object"),
+        (f"data.labels={DATA / 'rules.json'}", "expected a JSON object"),
     ],
 )
 def test_mistakes_end_in_one_line(base, questions, tmp_path, change, message):
