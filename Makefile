@@ -84,7 +84,7 @@ search = @set -- $(1) --examples "$(DATA)/train.json"; \
   $(RUN) -m malpyeong.retrieval search "$$@" -o "$(2)"
 CONTEXT = $(call search,"$(DATA)/train.json" "$(DATA)/dev.json",$(RUNS)/context.jsonl)
 # NAME-choice names a rule before it answers (docs/choice.md); which one is right is known from make mine-NAME.
-LABELS = $(if $(filter %-choice,$*),data.choice="$(RUNS)/$(patsubst %-choice,%,$*)-mined/contexts.jsonl")
+LABELS = $(if $(filter %-choice,$*),data.labels="$(RUNS)/$(patsubst %-choice,%,$*)-mined/contexts.jsonl")
 # What GRPO and a look at it beforehand are given.
 GRPO  = data.train="$(DATA)/train.json" data.context="$(RUNS)/context.jsonl" $(LABELS) \
   model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD)
@@ -114,7 +114,7 @@ export-%: $(STAMP)
 submit-%: $(STAMP)
 	$(call search,"$(DATA)/test.json",$(RUNS)/context-test.jsonl)
 	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(DATA)/test.json" -o "$(RUNS)/$*-test.json" \
-	  --context "$(RUNS)/context-test.jsonl" $(if $(filter %-choice,$*),--choices "$(RUNS)/$*-choices.jsonl") $(ARGS)
+	  --context "$(RUNS)/context-test.jsonl" $(if $(filter %-choice,$*),--choose) $(ARGS)
 	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
 
 clean: ## remove the virtual environment and caches (runs/ stays)

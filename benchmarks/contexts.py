@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from malpyeong.choice import Labels, load_choice_labels
+from malpyeong.choice import Labels, load_labels
 from malpyeong.context import Context, load_contexts, write_contexts
 from malpyeong.evaluate import evaluate
 from malpyeong.files import write_text
@@ -98,7 +98,7 @@ class Bench:
         found = self.make(self.output / "retrieved.jsonl", *search, *counts, "-o", self.output / "retrieved.jsonl")
         records = [record for split in splits for record in load_records(split, answers="gold")]
         rules = load_rule_book(RULES)
-        labels = load_choice_labels(LABELS, records)
+        labels = load_labels(LABELS, records)
         rows = [
             variants(record, context, label, rules)
             for record, context, label in zip(records, load_contexts(found, records), labels, strict=True)
@@ -125,10 +125,10 @@ class Bench:
         if stage == "sft":
             overrides.append(f"data.train={self.output / 'train.json'}")
         if kind == "none":
-            overrides += ["data.context=null", "data.choice=null"]
+            overrides += ["data.context=null", "data.labels=null"]
         else:
             overrides.append(f"data.context={self.output / kind.removesuffix('-grpo')}.jsonl")
-            overrides += [] if kind.startswith("choice") else ["data.choice=null"]
+            overrides += [] if kind.startswith("choice") else ["data.labels=null"]
         recipe = (RECIPES / f"{stage}.py", RECIPES / "tiny-choice" / f"{stage}.yaml")
         return self.make(run / "adapter", *recipe, *overrides, *common)
 
@@ -140,7 +140,7 @@ class Bench:
             answers = self.output / f"{trained}-{seed}" / f"{asked}-{split}.json"
             choices = answers.with_suffix(".choices.jsonl")
             context = () if asked == "none" else ("--context", self.output / f"{asked}.jsonl")
-            choose = ("--choices", choices) if asked == "choice" else ()
+            choose = ("--choose",) if asked == "choice" else ()
             predict = ("-m", "malpyeong.predict", TINY_BASE, DATA / f"{split}_questions.json", "--adapter", adapter)
             size = ("--batch-size", "64", "--max-new-tokens", "208", "--decoding", "free", "--no-repair")
             self.make(answers, *predict, *context, *choose, *size, "-o", answers)
@@ -153,7 +153,7 @@ class Bench:
     def right(self, asked: str, split: str, choices: Path) -> float:
         """Return how often the labelled rule was the one that was named, or the only one shown."""
         records = load_records(DATA / f"{split}.json", answers="gold")
-        labels = load_choice_labels(LABELS, records)
+        labels = load_labels(LABELS, records)
         if asked == "choice":
             named = {row["id"]: row["rule"] for row in map(json.loads, choices.read_text("utf-8").splitlines())}
             return fmean(named[record.id] in label.gains for record, label in zip(records, labels, strict=True))

@@ -7,19 +7,19 @@ is known in training only, from a label or from PPL mining (:class:`Labels`): ca
 training and test ask the same question, and the labelled rule may be among them or not.
 
 A tag names the rule by its id, not by its number: an id means the same in every prompt, so that a small model can
-learn which rule a question is about before it can find it among several (docs/choice.md has what was measured).
+learn which rule a question is about before it can find it among several.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text
-from malpyeong.records import Record
+from malpyeong.records import Record, parse_json
 from malpyeong.rules import Rule
 
 INSTRUCTION = (
@@ -30,7 +30,8 @@ HEADING = "[규범 후보]"
 NONE = "없음"  # the name that says that no candidate fits
 
 _TAG = re.compile(r"\A\s*\[규범 ([^\[\]\n]{1,100})\]\s*")
-_EXPECTED = "a JSON object of record id → rule id, or contexts.jsonl of recipes/mine_contexts.py"
+_GIVEN = 'an object like {"1": "한글 맞춤법 제41항"} or {"1": {"rule": "한글 맞춤법 제41항"}}'
+_EXPECTED = f"{_GIVEN}, or contexts.jsonl of recipes/mine_contexts.py"
 
 # A rule that lowers the answer's perplexity by less than this share is taken for one that does not help.
 MIN_IMPROVEMENT = 0.01
@@ -38,13 +39,16 @@ MIN_IMPROVEMENT = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """How much each rule helps with one question; rules that are not named do not.
+    """How much each rule helps with one question.
 
     Attributes:
-        gains: rule id → 1.0 for a label, the improvement ratio (PPL(a|q) - PPL(a|c,q)) / PPL(a|q) for a mined one.
+        gains: rule id → 1.0 for a given label; for mined ones the improvement ratio (PPL(a|q) - PPL(a|c,q)) / PPL(a|q)
+            of every rule that was tried, 0.0 below :data:`MIN_IMPROVEMENT`.
+        mined: whether a rule that is not in ``gains`` is unknown; given labels name all that help.
     """
 
     gains: Mapping[str, float]
+    mined: bool = False
 
     def of(self, rules: Sequence[Rule]) -> list[float]:
         """Return the gain of each rule."""
@@ -53,6 +57,12 @@ class Labels:
     def best(self, rules: Sequence[Rule]) -> str:
         """Return the id of the rule that helps most, or :data:`NONE` if none does."""
         return best_choice([rule.id for rule in rules], self.of(rules))
+
+    @property
+    def best_of_all(self) -> str | None:
+        """The id of the rule that helps most, or None if none does."""
+        name = best_choice(list(self.gains), list(self.gains.values()))
+        return None if name == NONE else name
 
 
 def shuffled(record: Record, rules: Sequence[Rule]) -> tuple[Rule, ...]:
@@ -66,6 +76,11 @@ def tag(name: str) -> str:
     A line of its own: what follows is then tokenized as if it stood alone.
     """
     return f"[규범 {name}]\n"
+
+
+def is_readable(name: str) -> bool:
+    """Tell whether a rule's id can be named: whether it comes back from its tag, and does not say that none fits."""
+    return name != NONE and split_choice(tag(name)) == (name, "")
 
 
 def split_choice(text: str) -> tuple[str | None, str]:
@@ -94,7 +109,7 @@ def choice_reward(name: str | None, ids: Sequence[str], gains: Sequence[float]) 
     return max(0.0, gains[ids.index(name)]) / max(gains) if name in ids else 0.0
 
 
-def load_choice_labels(path: str | Path, records: Sequence[Record]) -> list[Labels]:
+def load_labels(path: str | Path, records: Sequence[Record]) -> list[Labels]:
     """Read the labels of ``records``, in their order: given ones, or mined ones.
 
     Raises:
@@ -102,29 +117,50 @@ def load_choice_labels(path: str | Path, records: Sequence[Record]) -> list[Labe
     """
     path = Path(path)
     text = read_text(path, _EXPECTED)
-    try:
-        found = _mined(text) if '"ppl_question"' in text.split("\n", 1)[0] else _given(text)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: expected {_EXPECTED}") from None
-    for record in records:
-        if record.id not in found:
+    found: dict[Any, Labels]
+    if '"ppl_question"' in text.split("\n", 1)[0]:
+        lines = [(f"{path}: line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        found = dict(_mined(where, line) for where, line in lines)
+        keys: list[Any] = [(record.id, record.question) for record in records]
+    else:
+        found = {id_: Labels({rule: 1.0}) for id_, rule in _given(path, text).items()}
+        keys = [record.id for record in records]
+    for record, key in zip(records, keys, strict=True):
+        if key not in found:
             raise InputError(
                 f'{path}: has no label for id "{printable(record.id, 40)}"; add it or leave the record out'
             )
-    return [found[record.id] for record in records]
+    return [found[key] for key in keys]
 
 
-def _given(text: str) -> dict[str, Labels]:
-    rules = {id_: value["rule"] if isinstance(value, dict) else value for id_, value in json.loads(text).items()}
-    if not all(isinstance(rule, str) for rule in rules.values()):
-        raise ValueError
-    return {id_: Labels({rule: 1.0}) for id_, rule in rules.items()}
+def load_given_labels(path: Path) -> dict[str, str]:
+    """Read a JSON object of record id → rule id, or → an object with a ``rule``.
+
+    Raises:
+        InputError: it cannot be read or is of another form.
+    """
+    return _given(path, read_text(path, _GIVEN))
 
 
-def _mined(text: str) -> dict[str, Labels]:
-    found = {}
-    for line in text.splitlines():
-        row = json.loads(line)
+def _given(path: Path, text: str) -> dict[str, str]:
+    values = parse_json(str(path), text)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected {_EXPECTED}")
+    labels: dict[str, str] = {}
+    for id_, value in values.items():
+        rule = value.get("rule") if isinstance(value, dict) else value
+        if not isinstance(rule, str):
+            raise InputError(f'{path}: id "{printable(id_, 40)}" has no rule; expected {_GIVEN}')
+        labels[id_] = rule
+    return labels
+
+
+def _mined(where: str, line: str) -> tuple[tuple[str, str], Labels]:
+    row = parse_json(where, line)
+    try:
         ratios = {str(one["rule"]): float(one["improvement_ratio"]) for one in row["candidates"]}
-        found[str(row["id"])] = Labels({rule: ratio for rule, ratio in ratios.items() if ratio >= MIN_IMPROVEMENT})
-    return found
+        key = (str(row["id"]), str(row["question"]))
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{where}: is not a line of contexts.jsonl; expected {_EXPECTED}") from None
+    gains = {rule: ratio if ratio >= MIN_IMPROVEMENT else 0.0 for rule, ratio in ratios.items()}
+    return key, Labels(gains, mined=True)

@@ -56,17 +56,17 @@ class ModelBlock(Block):
 class PromptData(Block):
     """What stands in the prompts beside the question.
 
-    ``context``: rules and solved examples (``malpyeong.retrieval search``). ``choice``: labels of the right rules (a
-    file of ``malpyeong.choice``); the model then names one of the context's rules before it answers.
+    ``context``: rules and solved examples (``malpyeong.retrieval search``). ``labels``: which rules are right (a file
+    of ``malpyeong.choice``); the model then names one of the context's rules before it answers.
     """
 
     context: str | None = None
-    choice: str | None = None
+    labels: str | None = None
 
     @model_validator(mode="after")
     def _rules_to_choose_among(self) -> "PromptData":
-        if self.choice and not self.context:
-            raise ValueError("choice needs data.context, the rules to choose among")
+        if self.labels and not self.context:
+            raise ValueError("labels need data.context, the rules to choose among")
         return self
 
 
@@ -237,8 +237,8 @@ class GRPORecipe(Block):
         for name in self.data.rewards:
             if name not in REWARDS:
                 raise ValueError(f"data.rewards.{name}: unknown reward{_hint(name, REWARDS)}")
-            if name == "choice" and not self.data.choice:
-                raise ValueError("data.rewards.choice: needs data.choice, the labels of the right rules")
+            if name == "choice" and not self.data.labels:
+                raise ValueError("data.rewards.choice: needs data.labels, a file that says which rules are right")
             for model in NEEDS.get(name, ()):
                 if getattr(self.data.scorers, model, None) is None:
                     raise ValueError(
@@ -261,7 +261,9 @@ class MiningData(Block):
     """Files of questions with gold answers, the rule book, and a context file (``malpyeong.retrieval search``) that
     says which rules to try for each; None: every rule."""
 
-    questions: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    questions: Annotated[
+        list[str], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+    ]
     rules: str
     context: str | None = None
 

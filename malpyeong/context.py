@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from malpyeong.choice import is_readable
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text, write_text
 from malpyeong.records import Record, parse_json, record_from_json
@@ -26,7 +27,8 @@ class Context:
     Attributes:
         rules: of the rule book.
         examples: solved questions.
-        choose: the model is asked to name one of the rules before it answers (``malpyeong.choice``).
+        choose: the model is asked to name one of the rules before it answers (``malpyeong.choice``). There are no
+            examples then: their answers name no rule.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -44,7 +46,7 @@ class Context:
 
 
 def load_contexts(path: str | Path, records: Sequence[Record], choose: bool = False) -> list[Context]:
-    """Read the contexts of ``records``, in their order; ``choose`` as in :class:`Context`.
+    """Read the contexts of ``records``, in their order; with ``choose`` their rules, to choose among.
 
     Raises:
         InputError: a line is defective, a record has no line, or the record itself is among its examples.
@@ -65,7 +67,17 @@ def load_contexts(path: str | Path, records: Sequence[Record], choose: bool = Fa
             f'"{printable(missing[0], 40)}"); remove it and make it again with python -m malpyeong.retrieval search '
             "from every question file that is used"
         )
-    return [replace(found[record.id, record.question], choose=choose) for record in records]
+    contexts = [found[record.id, record.question] for record in records]
+    if choose:
+        for record, context in zip(records, contexts, strict=True):
+            for rule in context.rules:
+                if not is_readable(rule.id):
+                    raise InputError(
+                        f'{path}: id "{printable(record.id, 40)}": its rule "{printable(rule.id, 40)}" cannot be named '
+                        "in a tag; give it an id of at most 100 characters without brackets in the rule book"
+                    )
+        contexts = [Context(context.rules, choose=True) for context in contexts]
+    return contexts
 
 
 def write_contexts(

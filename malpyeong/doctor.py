@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import yaml
 
+from malpyeong.choice import Labels
 from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
-from malpyeong.context import Context, load_contexts
+from malpyeong.context import Context
 from malpyeong.environment import prepare_environment, version_problems
 from malpyeong.errors import InputError
 from malpyeong.gpus import USABLE_GIB, nearest
 from malpyeong.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
 from malpyeong.records import Record, load_records
+from malpyeong.training import Questions, check_lengths, load_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,14 +107,18 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     except InputError as error:
         yield Finding("error", error.message)
         return
-    contexts = [_NO_CONTEXT] * len(records)
-    if recipe.data.context:
-        try:
-            contexts = load_contexts(recipe.data.context, records, recipe.data.choice is not None)
-        except InputError as error:
-            yield Finding("error", error.message)
-    yield from examine_tokenizer(tokenizer, records, contexts[0])
-    yield from _lengths(recipe, tokenizer, records, contexts)
+    questions = Questions(records)
+    try:
+        splits = [load_questions(getattr(recipe.data, name), recipe.data) for name in names]
+        questions = Questions(
+            records,
+            [context for split in splits for context in split.contexts or ()] or None,
+            [labels for split in splits for labels in split.labels or ()] or None,
+        )
+    except InputError as error:
+        yield Finding("error", error.message)
+    yield from examine_tokenizer(tokenizer, records, questions.contexts[0] if questions.contexts else _NO_CONTEXT)
+    yield from _lengths(recipe, tokenizer, questions)
 
 
 def _versions() -> Iterator[Finding]:
@@ -337,13 +343,11 @@ def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
     )
 
 
-def _lengths(
-    recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], contexts: Sequence[Context]
-) -> Iterator[Finding]:
-    from malpyeong.prompts import completion_ids, fit_contexts, prompt_length
-    from malpyeong.training import check_lengths
+def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions: Questions) -> Iterator[Finding]:
+    from malpyeong.prompts import fit_contexts, prompt_length
 
-    answers = [len(completion_ids(tokenizer, record.answer or "")) for record in records]
+    records, contexts = questions.records, questions.contexts or [_NO_CONTEXT] * len(questions.records)
+    answers = questions.answer_lengths(tokenizer)
     room = [recipe.training.max_completion_length] * len(records) if isinstance(recipe, GRPORecipe) else answers
     limit = recipe.model.max_length
     fitted = fit_contexts(tokenizer, records, contexts, [limit - tokens for tokens in room])
@@ -356,6 +360,7 @@ def _lengths(
     text = f"longest prompt {max(prompts)} tokens, longest answer {longest}; model.max_length is {limit}"
     if any(contexts):
         yield from _context(contexts, fitted, limit)
+        yield from _labels(questions.labels or (), fitted)
         alone = max(prompt_length(tokenizer, record, _NO_CONTEXT) for record in records)
         text = f"longest question alone {alone} tokens, {text}"
     if isinstance(recipe, GRPORecipe) and longest > recipe.training.max_completion_length:
@@ -382,6 +387,14 @@ def _context(contexts: Sequence[Context], fitted: Sequence[Context], limit: int)
         yield Finding("ok", f"{found}; {dropped or 'all of them fit'}")
 
 
+def _labels(labels: Sequence[Labels], fitted: Sequence[Context]) -> Iterator[Finding]:
+    if labels:
+        helped = sum(any(one.of(shown.rules)) for one, shown in zip(labels, fitted, strict=True))
+        text = f"a rule that helps is among the candidates of {helped} of {len(labels)} questions"
+        cure = "make data.labels and data.context from the same rule book"
+        yield Finding("ok", text) if helped else Finding("error", text, cure)
+
+
 def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Iterator[Finding]:
     """Load the model, sample groups of answers as GRPO would, and yield whether their rewards differ.
 
@@ -393,12 +406,11 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     from malpyeong.model import load_for_training
     from malpyeong.prompts import build_messages, fit_contexts, prompt_ids
     from malpyeong.rewards import RewardRun, load_models
-    from malpyeong.training import load_questions
 
     training, weights = recipe.training, recipe.data.rewards
     questions = load_questions(recipe.data.train, recipe.data)
     records = questions.records[:groups]
-    contexts = list(questions.contexts or [_NO_CONTEXT] * groups)[:groups]
+    contexts = questions.contexts[:groups] if questions.contexts else [_NO_CONTEXT] * len(records)
     run = RewardRun(weights, training.num_generations, load_models(weights, recipe.data.scorers))
     model, tokenizer = load_for_training(recipe.model, training.seed, training.gradient_checkpointing)
     if torch.cuda.is_available() and not recipe.model.load_in_4bit:  # 4-bit weights are there already
@@ -424,9 +436,9 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
             )
         texts = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
         columns: dict[str, Any] = {"reference": [record.answer] * len(texts)}
-        if questions.choices is not None:
+        if questions.labels is not None:
             columns["candidates"] = [[rule.id for rule in context.rules]] * len(texts)
-            columns["gains"] = [questions.choices[place].of(context.rules)] * len(texts)
+            columns["gains"] = [questions.labels[place].of(context.rules)] * len(texts)
         found = [function(completions=texts, **columns) for function in run.functions]
         rewards = {name: values for name, values in zip(weights, found, strict=True) if weights[name]}
         if all(len(set(values)) == 1 for values in rewards.values()):

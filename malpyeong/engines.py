@@ -118,7 +118,8 @@ class TransformersEngine:
         width = batch["input_ids"].shape[1]
         processors: list[Any] = []
         if self._format:
-            limits = [decoding.max_new_tokens - len(begun[place]) for place in rows]
+            spent = [len(_ids(tokenizer, tags[place] + chosen[place])) for place in range(len(records))]
+            limits = [decoding.max_new_tokens - spent[place] for place in rows]
             states = [self._format.row(chosen[place], limit) for place, limit in zip(rows, limits, strict=True)]
             processors.append(FormatGuard(states, width))
         if decoding.samples > 1:

@@ -146,7 +146,10 @@ class PartFile:
             self._read()
 
     def _read(self) -> None:
-        data = self.path.read_bytes()
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror}); remove it to start again") from None
         whole = data[: data.rfind(b"\n") + 1]
         expected = json.loads(self._header)
         try:

@@ -198,6 +198,7 @@ def ranked(
         results.append(
             {
                 "id": record.id,
+                "question": record.question,
                 "ppl_question": _short(alone),
                 "candidates": [
                     {

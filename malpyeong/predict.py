@@ -188,10 +188,11 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
     help="Rules and examples for each question, as in training (data.context): python -m malpyeong.retrieval search.",
 )
 @click.option(
-    "--choices",
-    type=click.Path(path_type=Path),
-    help="For a model that was trained to choose (data.choice): JSONL file to write, with the rule of --context that "
-    "it named for each question.",
+    "--choose",
+    "choose_rule",
+    is_flag=True,
+    help="For a model that was trained to name one of the rules first (data.labels): which rule of --context it named "
+    "is written beside the output, as NAME.choices.jsonl.",
 )
 @click.option("--no-repair", is_flag=True, help="Write the answers as the model gave them.")
 def main(
@@ -211,7 +212,7 @@ def main(
     bleurt_model: str | None,
     engine_name: str,
     context: Path | None,
-    choices: Path | None,
+    choose_rule: bool,
     no_repair: bool,
 ) -> None:
     """Answer QUESTIONS (a contest file) with MODEL (a folder or hub id).
@@ -221,12 +222,10 @@ def main(
     records = load_records(questions)
     if output.exists() and output.samefile(questions):
         raise InputError(f"{output}: would overwrite the questions; choose another name")
-    if choices and not context:
-        raise InputError("--choices needs --context, the rules to choose among")
-    contexts = load_contexts(context, records, choose=choices is not None) if context else [Context()] * len(records)
+    if choose_rule and not context:
+        raise InputError("--choose needs --context, the rules to choose among")
+    contexts = load_contexts(context, records, choose_rule) if context else [Context()] * len(records)
     check_writable(output)
-    if choices:
-        check_writable(choices)
     import torch
     from tqdm import tqdm
 
@@ -241,12 +240,10 @@ def main(
         "model": model_digest(model),
         "adapter": adapter and model_digest(adapter),
         "context": context and digest(context),
-        "settings": {
-            **asdict(decoding),
-            **{"batch_size": batch_size, "dtype": dtype, "load_in_4bit": load_in_4bit, "engine": engine_name},
-            **{"bertscore_model": bertscore_model, "bleurt_model": bleurt_model},
-            **{"model_max_length": tokenizer.model_max_length, "choose": choices is not None},
-        },
+        **asdict(decoding),
+        **{"batch_size": batch_size, "dtype": dtype, "load_in_4bit": load_in_4bit, "engine": engine_name},
+        **{"bertscore_model": bertscore_model, "bleurt_model": bleurt_model},
+        **{"model_max_length": tokenizer.model_max_length, "choose": choose_rule},
     }
     part = PartFile(output.with_name(f".{output.name}.part.jsonl"), made_of)
     try:
@@ -271,8 +268,8 @@ def main(
             raise InputError(
                 f"the GPU's memory does not suffice; lower --batch-size={batch_size}, or add --load-in-4bit{begun}"
             ) from None
-    if choices:
-        named = []
+    if choose_rule:
+        named, choices = [], output.with_name(f"{output.stem}.choices.jsonl")
         for record, shown in zip(records, contexts, strict=True):
             name, found[record.id] = split_choice(found[record.id])
             ids = [rule.id for rule in shown.rules]

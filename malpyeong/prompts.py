@@ -56,13 +56,16 @@ def fit_contexts(
     """
     fitted = []
     for record, context, limit in zip(records, contexts, limits, strict=True):
-        kept = context
-        while len(kept) and prompt_length(tokenizer, record, kept) > limit:
+        kept, shown = context, _shown(record, context)
+        while len(kept) and prompt_length(tokenizer, record, shown) > limit:
             kept = kept.without_worst()
-        if kept.choose:
-            kept = replace(kept, rules=choice.shuffled(record, kept.rules))
-        fitted.append(kept)
+            shown = _shown(record, kept)
+        fitted.append(shown)
     return fitted
+
+
+def _shown(record: Record, context: Context) -> Context:
+    return replace(context, rules=choice.shuffled(record, context.rules)) if context.choose else context
 
 
 def left_out(contexts: Sequence[Context], fitted: Sequence[Context], limit: str) -> str:

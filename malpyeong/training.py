@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.choice import NONE, Labels, load_choice_labels, tag
+from malpyeong.choice import NONE, Labels, load_labels, tag
 from malpyeong.config import GRPORecipe, PromptData, SFTRecipe
 from malpyeong.context import Context, load_contexts
-from malpyeong.errors import InputError
+from malpyeong.errors import InputError, printable
 from malpyeong.memory import Backend
 from malpyeong.model import check_adapter, pick_dtype
 from malpyeong.prompts import Message, build_messages, completion_ids, fit_contexts, left_out, prompt_ids
@@ -30,12 +30,22 @@ class Questions:
     Attributes:
         records: with gold answers.
         contexts: rules and examples of each record, where the recipe names some.
-        choices: labels of each record, where the model is to choose among the rules of its context.
+        labels: of each record, where the model is to choose among the rules of its context.
     """
 
     records: Sequence[Record]
     contexts: Sequence[Context] | None = None
-    choices: Sequence[Labels] | None = None
+    labels: Sequence[Labels] | None = None
+
+    def answer_lengths(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+        """Return the tokens of each gold answer, with the longest tag that may stand before it."""
+        lengths = [len(completion_ids(tokenizer, record.answer or "")) for record in self.records]
+        if self.labels is not None and self.contexts is not None:
+            names = {NONE, *(rule.id for context in self.contexts for rule in context.rules)}
+            tokens = {name: len(completion_ids(tokenizer, tag(name))) - 1 for name in names}
+            for place, context in enumerate(self.contexts):
+                lengths[place] += max(tokens[name] for name in (NONE, *(rule.id for rule in context.rules)))
+        return lengths
 
 
 def load_questions(path: str, data: PromptData) -> Questions:
@@ -45,8 +55,21 @@ def load_questions(path: str, data: PromptData) -> Questions:
         InputError: a file is defective, or has nothing for one of the records.
     """
     records = load_records(path, answers="gold")
-    contexts = load_contexts(data.context, records, choose=data.choice is not None) if data.context else None
-    return Questions(records, contexts, load_choice_labels(data.choice, records) if data.choice else None)
+    if data.context is None:
+        return Questions(records)
+    contexts = load_contexts(data.context, records, choose=data.labels is not None)
+    if data.labels is None:
+        return Questions(records, contexts)
+    labels = load_labels(data.labels, records)
+    for record, context, its in zip(records, contexts, labels, strict=True):
+        untried = [rule.id for rule in context.rules if its.mined and rule.id not in its.gains]
+        if untried:
+            raise InputError(
+                f'{data.labels}: id "{printable(record.id, 40)}": it is not known whether the rule '
+                f'"{printable(untried[0], 40)}" of its context helps; mine again with data.context={data.context} and '
+                f"mining.top_k of at least {len(context.rules)}"
+            )
+    return Questions(records, contexts, labels)
 
 
 def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[list[Path], Path | None] | None:
@@ -60,7 +83,7 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[list[Path], 
         InputError: see :func:`malpyeong.runs.check_run`; or the recipe's adapter is none.
     """
     output = Path(recipe.training.output)
-    named = (getattr(recipe.data, name, None) for name in ("train", "dev", "context", "choice"))
+    named = (getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels"))
     inputs = [Path(path) for path in named if path]
     if recipe.model.adapter:
         check_adapter(recipe.model.adapter)
@@ -76,25 +99,17 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_
     """Return ``input_ids`` and ``labels`` (-100 on the prompt: the loss is on the answer and its end) for each record.
 
     Rules and examples that do not fit are left out, and counted on the screen. Where the model chooses, its answer
-    begins with the number of the rule that helps most.
+    begins with the tag of the rule that helps most.
 
     Raises:
         InputError: a record has more than ``max_length`` tokens.
     """
     from datasets import Dataset
 
-    records, choices = questions.records, questions.choices
-    answers = [record.answer or "" for record in records]
-    tagged = answers
-    if choices is not None:  # with the longest tag that it may get
-        longest = max(
-            (rule.id for context in questions.contexts or () for rule in context.rules), key=len, default=NONE
-        )
-        tagged = [tag(longest) + answer for answer in answers]
-    limits = [max_length - len(completion_ids(tokenizer, answer)) for answer in tagged]
-    asked = _messages(tokenizer, questions, limits)
-    if choices is not None:
-        named = [labels.best(shown.rules) for labels, (_, shown) in zip(choices, asked, strict=True)]
+    records, answers = questions.records, [record.answer or "" for record in questions.records]
+    asked = _messages(tokenizer, questions, [max_length - length for length in questions.answer_lengths(tokenizer)])
+    if questions.labels is not None:
+        named = [labels.best(shown.rules) for labels, (_, shown) in zip(questions.labels, asked, strict=True)]
         answers = [tag(name) + answer for name, answer in zip(named, answers, strict=True)]
     rows = []
     for (messages, _), answer in zip(asked, answers, strict=True):
@@ -132,14 +147,14 @@ def grpo_dataset(
     """
     from datasets import Dataset
 
-    records, choices = questions.records, questions.choices
+    records = questions.records
     asked = _messages(tokenizer, questions, [max_length - max_completion_length] * len(records))
     rows: list[dict[str, Any]] = [
         {"prompt": messages, "reference": record.answer, "record_id": record.id}
         for (messages, _), record in zip(asked, records, strict=True)
     ]
-    if choices is not None:
-        for row, labels, (_, shown) in zip(rows, choices, asked, strict=True):
+    if questions.labels is not None:
+        for row, labels, (_, shown) in zip(rows, questions.labels, asked, strict=True):
             row |= {"candidates": [rule.id for rule in shown.rules], "gains": labels.of(shown.rules)}
     lengths = [len(prompt_ids(tokenizer, messages)) + max_completion_length for messages, _ in asked]
     check_lengths(records, lengths, max_length)
@@ -263,6 +278,14 @@ def _messages(
     fitted = fit_contexts(tokenizer, records, contexts, limits)
     if line := left_out(contexts, fitted, "model.max_length"):
         click.echo(line)
+    if questions.labels is not None:
+        helped = sum(any(labels.of(shown.rules)) for labels, shown in zip(questions.labels, fitted, strict=True))
+        if not helped:
+            raise InputError(
+                "data.labels: no rule that helps is among the candidates of any question; make data.labels and "
+                "data.context from the same rule book"
+            )
+        click.echo(f"a rule that helps is among the candidates of {helped} of {len(records)} questions")
     return [
         (build_messages(record, context.examples, context.rules, context.choose), context)
         for record, context in zip(records, fitted, strict=True)

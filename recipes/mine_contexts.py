@@ -48,7 +48,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
         for record in load_records(path, answers="gold"):
             if record.id in records:
                 raise InputError(
-                    f'{path}: id "{printable(record.id, 40)}" is in an earlier file too; mine it by itself'
+                    f'{path}: id "{printable(record.id, 40)}" is in an earlier file too; give each its own id'
                 )
             records[record.id] = record
     questions, rules = list(records.values()), load_rule_book(data.rules)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from malpyeong.choice import load_choice_labels
+from malpyeong.choice import load_labels
 from malpyeong.config import RetrieverRecipe, load_recipe
 from malpyeong.errors import InputError
 from malpyeong.files import new_folder
@@ -83,8 +83,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     recipe = load_recipe(recipe_file, overrides, RetrieverRecipe)
     model_block, data, training = recipe.model, recipe.data, recipe.training
     records, rules = load_records(data.train), load_rule_book(data.rules)
-    gains = [label.gains for label in load_choice_labels(data.labels, records)]
-    labels = {record.id: max(of, key=of.__getitem__) for record, of in zip(records, gains, strict=True) if of}
+    best = {record.id: its.best_of_all for record, its in zip(records, load_labels(data.labels, records), strict=True)}
+    labels = {id_: rule for id_, rule in best.items() if rule is not None}
+    if not labels:
+        raise InputError(f"{data.labels}: no rule helps any question; nothing to learn from")
     if len(labels) < len(records):
         left_out = len(records) - len(labels)
         click.echo(f"{left_out} of {len(records)} questions are left out: {data.labels} names no rule for them")

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from malpyeong import choice, rewards
-from malpyeong.choice import NONE, Labels, best_choice, choice_reward, load_choice_labels, shuffled, split_choice, tag
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.choice import NONE, Labels, best_choice, choice_reward, load_labels, shuffled, split_choice, tag
+from malpyeong.config import GRPORecipe, PromptData, SFTRecipe, load_recipe
 from malpyeong.context import Context, load_contexts, write_contexts
 from malpyeong.errors import InputError
 from malpyeong.model import load_tokenizer
@@ -19,7 +19,7 @@ from malpyeong.prompts import build_messages, fit_contexts, prompt_length
 from malpyeong.records import Record, load_records, write_records
 from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import Questions, grpo_dataset, sft_dataset
+from malpyeong.training import Questions, grpo_dataset, load_questions, sft_dataset
 
 RULES = tuple(load_rule_book(DATA / "rules.json"))
 TRAIN = load_records(DATA / "train.json", answers="gold")[:12]
@@ -134,13 +134,15 @@ def test_what_does_not_fit_is_dropped_by_rank_whatever_the_order_shown():
     assert set(shown.rules) == set(RULES[:4])
 
 
-def test_datasets_name_the_rule_as_it_is_numbered_in_the_prompt():
+def test_datasets_name_the_right_rule_of_the_prompt_and_keep_room_for_its_tag():
     tokenizer = load_tokenizer(str(TINY_BASE))
     choices = [Labels({RULES[number % 4].id: 1.0}) for number in range(len(TRAIN))]  # every fourth is not a candidate
     questions = Questions(TRAIN, [context()] * len(TRAIN), choices)
     taught = sft_dataset(tokenizer, questions, 1500)
     asked = grpo_dataset(tokenizer, questions, 1500, 200, len(TRAIN), 0)
     right = {row["record_id"]: best_choice(row["candidates"], row["gains"]) for row in asked}
+    longest = max(len(row["input_ids"]) for row in taught)
+    assert max(len(row["input_ids"]) for row in sft_dataset(tokenizer, questions, longest - 1)) < longest
     for place, (record, row) in enumerate(zip(TRAIN, taught, strict=True)):
         name, answer = split_choice(tokenizer.decode([token for token in row["labels"] if token != -100]))
         assert answer == f"{record.answer}{tokenizer.eos_token}"
@@ -148,18 +150,50 @@ def test_datasets_name_the_rule_as_it_is_numbered_in_the_prompt():
         assert (f"{name}\n" in tokenizer.decode(row["input_ids"])) == (name != NONE)
 
 
-def test_labels_are_given_or_mined(tmp_path):
-    given_, mined = tmp_path / "labels.json", tmp_path / "contexts.jsonl"
-    ids = [record.id for record in TRAIN]
-    given_.write_text(json.dumps({id_: {"rule": "가"} if id_ == ids[0] else "나" for id_ in ids}), "utf-8")
-    ratios = {"가": 0.2, "나": 0.005, "다": -0.1}
+def mined_row(record, **ratios):
     candidates = [
         {"rule": rule, "ppl": 2.0, "delta": 0.1, "improvement_ratio": ratio} for rule, ratio in ratios.items()
     ]
-    rows = [{"id": id_, "ppl_question": 2.1, "candidates": candidates, "options": []} for id_ in ids]
-    mined.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    assert load_choice_labels(given_, TRAIN[:2]) == [Labels({"가": 1.0}), Labels({"나": 1.0})]
-    assert load_choice_labels(mined, TRAIN[:1]) == [Labels({"가": 0.2})]
+    return {"id": record.id, "question": record.question, "ppl_question": 2.1, "candidates": candidates, "options": []}
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_labels_are_given_or_mined(tmp_path):
+    given_ = tmp_path / "labels.json"
+    ids = [record.id for record in TRAIN]
+    given_.write_text(json.dumps({id_: {"rule": "가"} if id_ == ids[0] else "나" for id_ in ids}), "utf-8")
+    assert load_labels(given_, TRAIN[:2]) == [Labels({"가": 1.0}), Labels({"나": 1.0})]
+    mined = write_lines(tmp_path / "contexts.jsonl", [mined_row(TRAIN[0], 가=0.2, 나=0.005, 다=-0.1)])
+    assert load_labels(mined, TRAIN[:1]) == [Labels({"가": 0.2, "나": 0.0, "다": 0.0}, mined=True)]
+    assert [label.best_of_all for label in load_labels(mined, TRAIN[:1])] == ["가"]
+    with pytest.raises(InputError, match="has no label"):  # the same id, another question
+        load_labels(mined, [dataclasses.replace(TRAIN[1], id=TRAIN[0].id)])
+
+
+def test_a_rule_that_was_not_tried_is_no_rule_that_does_not_help(tmp_path):
+    write_records(tmp_path / "train.json", TRAIN[:1])
+    write_contexts(tmp_path / "context.jsonl", TRAIN[:1], [[(1.0, RULES[0]), (0.0, RULES[1])]], [[]])
+    write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0})])
+    data = PromptData(context=str(tmp_path / "context.jsonl"), labels=str(tmp_path / "labels.jsonl"))
+    with pytest.raises(InputError, match=f'whether the rule "{RULES[1].id}" of its context helps; mine again'):
+        load_questions(str(tmp_path / "train.json"), data)
+    write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0, RULES[1].id: 0.0})])
+    questions = load_questions(str(tmp_path / "train.json"), data)
+    with pytest.raises(InputError, match="no rule that helps is among the candidates of any question"):
+        sft_dataset(load_tokenizer(str(TINY_BASE)), questions, 2000)
+
+
+@pytest.mark.parametrize("name", [NONE, "문장 부호 [마침표]", "가" * 101, "제1항\n제2항"])
+def test_a_rule_that_cannot_be_named_is_refused(tmp_path, name):
+    path = tmp_path / "context.jsonl"
+    write_contexts(path, TRAIN[:1], [[(1.0, Rule(name, "맞춤법", "글"))]], [[]])
+    assert len(load_contexts(path, TRAIN[:1])) == 1
+    with pytest.raises(InputError, match="cannot be named in a tag"):
+        load_contexts(path, TRAIN[:1], choose=True)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +213,7 @@ def test_broken_labels_are_one_line(tmp_path, text):
     path = tmp_path / "라벨.json"
     path.write_text(text, "utf-8")
     with pytest.raises(InputError, match=r"라벨\.json: ") as error:
-        load_choice_labels(path, TRAIN)
+        load_labels(path, TRAIN)
     assert "\n" not in str(error.value)
 
 
@@ -187,15 +221,15 @@ def test_a_record_without_a_label_is_named(tmp_path):
     path = tmp_path / "labels.json"
     path.write_text("{}", "utf-8")
     with pytest.raises(InputError, match=f'id "{TRAIN[0].id}"'):
-        load_choice_labels(path, TRAIN)
+        load_labels(path, TRAIN)
 
 
 def test_recipes_need_rules_to_choose_among_and_labels_to_reward():
-    with pytest.raises(InputError, match=r"data: choice needs data\.context"):
-        load_recipe("recipes/tiny/sft.yaml", ["data.choice=labels.json"], SFTRecipe)
-    with pytest.raises(InputError, match=r"data\.rewards\.choice: needs data\.choice"):
+    with pytest.raises(InputError, match=r"data: labels need data\.context"):
+        load_recipe("recipes/tiny/sft.yaml", ["data.labels=labels.json"], SFTRecipe)
+    with pytest.raises(InputError, match=r"data\.rewards\.choice: needs data\.labels"):
         load_recipe("recipes/tiny/grpo.yaml", ["data.rewards={choice: 1}"], GRPORecipe)
-    both = ["data.choice=labels.json", "data.context=context.jsonl", "data.rewards={choice: 1, exact_match: 1}"]
+    both = ["data.labels=labels.json", "data.context=context.jsonl", "data.rewards={choice: 1, exact_match: 1}"]
     assert load_recipe("recipes/tiny/grpo.yaml", both, GRPORecipe).data.rewards["choice"] == 1
 
 
@@ -218,7 +252,7 @@ def folder(tmp_path_factory):
 
 def recipe(folder, stage, *overrides):
     files = (f"data.train={folder / 'train.json'}", f"training.output={folder / stage}")
-    files += (f"data.context={folder / 'context.jsonl'}", f"data.choice={folder / 'labels.json'}")
+    files += (f"data.context={folder / 'context.jsonl'}", f"data.labels={folder / 'labels.json'}")
     return (f"recipes/{stage}.py", f"recipes/tiny-choice/{stage}.yaml", *files, *overrides)
 
 
@@ -236,7 +270,7 @@ def test_a_model_learns_to_choose_and_its_choice_is_kept_apart_from_the_answer(f
 
     questions = folder / "questions.json"
     write_records(questions, [dataclasses.replace(record, answer=None) for record in load_records(folder / "dev.json")])
-    asked = ["--context", folder / "context.jsonl", "--choices", folder / "choices.jsonl"]
+    asked = ["--context", folder / "context.jsonl", "--choose"]
 
     def predict(*options):
         command = [TINY_BASE, "--adapter", adapter, "--max-new-tokens", 80, *options]
@@ -246,18 +280,18 @@ def test_a_model_learns_to_choose_and_its_choice_is_kept_apart_from_the_answer(f
         output = folder / f"{decoding}.json"
         assert predict(questions, *asked, "--decoding", decoding, "-o", output).exit_code == 0
         answers = {record.id: record.answer for record in load_records(output)}
-        chosen = (folder / "choices.jsonl").read_text("utf-8")
+        chosen = (folder / f"{decoding}.choices.jsonl").read_text("utf-8")
         named = [json.loads(line) for line in chosen.splitlines()]
         contexts = load_contexts(folder / "context.jsonl", load_records(questions), choose=True)
         assert [row["id"] for row in named] == list(answers)
         for row, context in zip(named, contexts, strict=True):
             assert set(row["candidates"]) == {rule.id for rule in context.rules}
             assert split_choice(answers[row["id"]])[0] is None
-            if decoding == "constrained":
-                assert row["named"] in [*row["candidates"], NONE]
-                assert row["rule"] == (None if row["named"] == NONE else row["named"])
+            assert row["named"] is not None  # the tag is learnt, where decoding is free
+            assert decoding == "free" or row["named"] in [*row["candidates"], NONE]
+            assert row["rule"] == (row["named"] if row["named"] in row["candidates"] else None)
 
     assert predict(folder / "dev.json", *asked, "--decoding", "free", "-o", folder / "gold.json").exit_code == 0
-    assert (folder / "choices.jsonl").read_text("utf-8") == chosen  # the answers in the file changed nothing
-    refused = predict(questions, "--choices", folder / "choices.jsonl", "-o", folder / "none.json")
-    assert (refused.exit_code, refused.output) == (2, "Error: --choices needs --context, the rules to choose among\n")
+    assert (folder / "gold.choices.jsonl").read_text("utf-8") == chosen  # the answers in the file changed nothing
+    refused = predict(questions, "--choose", "-o", folder / "none.json")
+    assert (refused.exit_code, refused.output) == (2, "Error: --choose needs --context, the rules to choose among\n")

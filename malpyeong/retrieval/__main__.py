@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from malpyeong.choice import load_given_labels
 from malpyeong.context import write_contexts
 from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable
@@ -99,13 +100,12 @@ def evaluate(
         check_labels,
         evaluate_examples,
         evaluate_rules,
-        load_labels,
         markdown,
         methods,
     )
 
     splits = {str(path): load_records(path, answers="gold") for path in questions}
-    labels = load_labels(label_file)
+    labels = load_given_labels(label_file)
     rules = load_rule_book(rule_book) if rule_book else []
     examples = load_records(solved, answers="gold") if solved else []
     if rules:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from malpyeong.answer import contest_split
 from malpyeong.errors import InputError, printable
-from malpyeong.files import read_text
-from malpyeong.records import Record, parse_json
+from malpyeong.records import Record
 from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents
 from malpyeong.rules import Rule
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 CUTS = (1, 5, 10, 30)
 NDCG_CUT = 10
 RESAMPLES = 2_000
-_LABELS = 'an object like {"1": "한글 맞춤법 제41항"} or {"1": {"rule": "한글 맞춤법 제41항"}}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,24 +184,6 @@ def rouge_matrix(references: Sequence[str], candidates: Sequence[str]) -> "NDArr
     overlaps = (matrices[0] @ matrices[1].T).astype(np.float64)
     f1: NDArray[np.float64] = 2 * overlaps / np.maximum(1, both)
     return f1
-
-
-def load_labels(path: Path) -> dict[str, str]:
-    """Read a JSON object of record id → rule id, or → an object with a ``rule``.
-
-    Raises:
-        InputError: it cannot be read or is of another form.
-    """
-    values = parse_json(str(path), read_text(path, _LABELS))
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected {_LABELS}")
-    labels = {}
-    for id_, value in values.items():
-        rule = value.get("rule") if isinstance(value, dict) else value
-        if not isinstance(rule, str):
-            raise InputError(f'{path}: id "{printable(id_, 40)}" has no rule; expected {_LABELS}')
-        labels[id_] = rule
-    return labels
 
 
 def check_labels(path: Path, labels: Mapping[str, str], records: Sequence[Record], rules: Sequence[Rule]) -> None:
