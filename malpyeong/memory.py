@@ -8,7 +8,7 @@ for which ``RESERVE`` is kept free.
 ``tests/test_memory.py`` compares it with the peak that TRL's trainers reach on a CPU. On a GPU, and for Unsloth, it has
 not been compared with a measurement yet.
 
-    python -m malpyeong.memory recipes/*/grpo.yaml     (a table of recipes and cards)
+    python -m malpyeong.memory recipes/[!t]*/grpo.yaml     (a table of recipes and cards)
 """
 
 from collections.abc import Sequence

@@ -58,6 +58,27 @@ def test_every_stage_gets_the_context(make, tmp_path):
     assert submit[-1] == f"{runs / 'qwen-submission.json'}"
 
 
+def test_a_model_that_chooses_gets_the_labels_that_were_mined(make, tmp_path):
+    data, runs = tmp_path / "대회 자료", tmp_path / "결 과"
+    (data / "rules.json").touch()
+    _, mine = make("mine-qwen", "MODEL=내 모형")
+    assert mine[:3] == [
+        "recipes/mine_contexts.py",
+        "recipes/qwen/mine.yaml",
+        f'data.questions=["{data / "train.json"}", "{data / "dev.json"}"]',
+    ]
+    assert mine[3:] == [
+        f"data.rules={data / 'rules.json'}", f"data.context={runs / 'context.jsonl'}",
+        f"mining.output={runs / 'qwen-mined'}", "model.name=내 모형", "--resume", "auto",
+    ]  # fmt: skip
+    labels = f"data.labels={runs / 'qwen-mined' / 'contexts.jsonl'}"
+    for stage in ("sft", "grpo", "doctor"):
+        assert labels in make(f"{stage}-qwen-choice")[1]
+        assert labels not in make(f"{stage}-qwen")[1]
+    assert make("submit-qwen-choice")[1][-1] == "--choose"
+    assert "--choose" not in make("submit-qwen")[1]
+
+
 def test_a_context_is_made_once_and_again_when_the_data_is_newer(make, tmp_path):
     data, context = tmp_path / "대회 자료", tmp_path / "결 과" / "context.jsonl"
     context.parent.mkdir()
