@@ -363,7 +363,7 @@ def test_a_killed_prediction_goes_on_to_the_same_file(command, run_module, tmp_p
         file.write('{"id": "1", "answer": "\\"가'.encode())
     refused = run_module(*command, output, "--seed", "1")
     assert refused.returncode == 2
-    assert "another settings" in refused.stderr
+    assert "another seed" in refused.stderr
     assert "remove the file" in refused.stderr
     assert "Traceback" not in refused.stderr
     result = run_module(*command, output)
@@ -488,7 +488,7 @@ def test_contexts_are_fitted_to_the_length_that_training_saved(command, run_modu
     short = sum(len(kept) < 2 for kept in expected)
     assert 1 <= short < 12
     process = run_module("-c", _HEADER, *arguments[2:])
-    assert json.loads(process.stdout.splitlines()[-1])["settings"]["model_max_length"] == longest + 63
+    assert json.loads(process.stdout.splitlines()[-1])["model_max_length"] == longest + 63
     line = f"{short} of 24 rules and examples do not fit the model's {longest + 63} tokens with answers of 64"
     assert process.stdout.count(line) == 1
     assert "sequence length" not in process.stderr  # transformers' warning
