@@ -498,7 +498,7 @@ def test_contexts_are_fitted_to_the_length_that_training_saved(command, run_modu
     header = json.loads(process.stdout.splitlines()[-1])
     part.write_text(json.dumps(header) + "\n", "utf-8")
     refused = run_module(*arguments)  # the folder's digest tells it too
-    assert "another model and settings" in refused.stderr
+    assert "another model and model_max_length" in refused.stderr
     part.unlink()
     result = run_module("-c", _HEADER, *arguments[2:])
     assert "do not fit" not in result.stdout
