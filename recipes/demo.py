@@ -32,7 +32,8 @@ from malpyeong.submit import is_split
 
 RECIPES = Path(__file__).parent
 SPLITS = ("test", "unseen")
-# What training does to the answers would be hidden by constraints and repair.
+SIZE = ("--batch-size", "128", "--max-new-tokens", "200")
+# What training does to the answers would be hidden by constraints and repair, which the submission's answers have.
 AS_TRAINED = ("--decoding", "free", "--no-repair")
 STAGES = {"base": "base", "sft": "SFT", "grpo": "SFT+GRPO"}
 
@@ -81,7 +82,7 @@ class Demo:
         for split in SPLITS:
             prediction = self.output / "predictions" / stage / f"{split}.json"
             command = ("-m", "malpyeong.predict", model, DATA / f"{split}_questions.json", "-o", prediction)
-            self.make(prediction, *command, "--batch-size", "128", "--max-new-tokens", "200", *options, *AS_TRAINED)
+            self.make(prediction, *command, *SIZE, *options, *AS_TRAINED)
 
 
 def measure(folder: Path) -> dict[str, float]:
@@ -112,8 +113,11 @@ def main(output: Path, seed: int) -> None:
     grpo = demo.train("grpo", seeded, f"model.adapter={sft}")
     merged = demo.make(output / "merged", "-m", "malpyeong.export", grpo, "-o", output / "merged", "--dtype", "float32")
     demo.predict("grpo", merged)
-    submission, prediction = output / "submission.json", output / "predictions" / "grpo" / "test.json"
-    demo.make(submission, "-m", "malpyeong.submit", DATA / "test_questions.json", prediction, "-o", submission)
+    questions, prediction = DATA / "test_questions.json", output / "predictions" / "submission" / "test.json"
+    demo.make(prediction, "-m", "malpyeong.predict", merged, questions, "-o", prediction, *SIZE)
+    submission = demo.make(
+        output / "submission.json", "-m", "malpyeong.submit", questions, prediction, "-o", output / "submission.json"
+    )
     for stage in ("sft", "grpo"):
         plot(output / stage, output / f"{stage}.png")
 
@@ -131,11 +135,11 @@ def main(output: Path, seed: int) -> None:
         },
     }
     write_text(output / "summary.json", json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
-    show(output, summary)
+    show(output, summary, summarise(evaluate(DATA / "test.json", prediction))["exact_match"])
 
 
-def show(output: Path, summary: dict[str, Any]) -> None:
-    """Print the table of the stages."""
+def show(output: Path, summary: dict[str, Any], submitted_match: float) -> None:
+    """Print the table of the stages, and what is submitted with its exact match."""
     gold = [contest_split(record.answer or "")[1] for record in load_records(DATA / "test.json", answers="gold")]
     table = Table(title=f"sample test split, tiny model, seed {summary['seed']}")
     columns = ("exact_match", "rouge_1", "format_rate", "reason_median_chars", "unseen_exact_match")
@@ -151,7 +155,10 @@ def show(output: Path, summary: dict[str, Any]) -> None:
     console.print(
         f"merge: largest logit difference {merge['max_logit_diff']:.1e}, same answers: {merge['same_answers']}"
     )
-    console.print(f"submission: {submission['records']} records, valid: {submission['valid']}")
+    console.print(
+        f"submission: {submission['records']} records, valid: {submission['valid']}; constrained decoding, exact match "
+        f"{submitted_match:.3f}"
+    )
     console.print(
         f"{summary['seconds']:.0f} s; {output}/ holds summary.json, sft.png, grpo.png, merged/, submission.json"
     )
