@@ -265,8 +265,9 @@ def main(
                     bar.update(place not in done)
         except torch.OutOfMemoryError:
             begun = f"; first remove {part.path}" if part.path.exists() else ""
+            smaller = "" if load_in_4bit else ", or add --load-in-4bit"
             raise InputError(
-                f"the GPU's memory does not suffice; lower --batch-size={batch_size}, or add --load-in-4bit{begun}"
+                f"the GPU's memory does not suffice; lower --batch-size={batch_size}{smaller}{begun}"
             ) from None
     if choose_rule:
         named, choices = [], output.with_name(f"{output.stem}.choices.jsonl")
