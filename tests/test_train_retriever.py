@@ -84,7 +84,7 @@ def test_a_lora_adapter_is_merged_and_labels_may_be_mined(base, questions, tmp_p
     with mined.open("w", encoding="utf-8") as file:
         for place, record in enumerate(load_records(questions)):
             candidate = {"rule": LABELS[record.id], "improvement_ratio": 0.3 if place % 16 else -0.1}
-            row = {"id": record.id, "ppl_question": 2.0, "candidates": [candidate]}
+            row = {"id": record.id, "question": record.question, "ppl_question": 2.0, "candidates": [candidate]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     lora = '{"r": 4, "alpha": 16, "target_modules": ["q_proj", "down_proj"]}'
     result = train(*overrides(base, questions, tmp_path / "run"), f"model.lora={lora}", f"data.labels={mined}")
@@ -106,7 +106,7 @@ def test_a_lora_adapter_is_merged_and_labels_may_be_mined(base, questions, tmp_p
         ("data.negatives=140", "has only 140 rules"),
         ("model.max_length=64", "do not fit model.max_length=64"),
         ("model.name=no/such", "no sentence-transformers model can be loaded"),
-        (f"data.labels={DATA / 'rules.json'}", "expected a JSON object"),
+        (f"data.labels={DATA / 'rules.json'}", "expected an object like"),
     ],
 )
 def test_mistakes_end_in_one_line(base, questions, tmp_path, change, message):
