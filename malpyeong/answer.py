@@ -102,6 +102,11 @@ def has_final_consonant(text: str) -> bool:
     return False
 
 
+def quote(sentences: Sequence[str], joiner: str) -> str:
+    """Return the sentences of an answer in straight quotes, with ``joiner`` between them."""
+    return f" {joiner} ".join(f'"{sentence}"' for sentence in sentences)
+
+
 def write_answer(sentences: str | tuple[str, ...], reason: str, joiner: str = "혹은") -> str:
     """Write an answer in the contest's form, with the particle that the last sentence calls for.
 
@@ -111,8 +116,7 @@ def write_answer(sentences: str | tuple[str, ...], reason: str, joiner: str = "�
     """
     if isinstance(sentences, str):
         sentences = (sentences,)
-    quoted = f" {joiner} ".join(f'"{sentence}"' for sentence in sentences)
-    text = f"{quoted}{subject_particle(sentences[-1]) if sentences else ''} 옳다. {reason}"
+    text = f"{quote(sentences, joiner)}{subject_particle(sentences[-1]) if sentences else ''} 옳다. {reason}"
     found = parse_answer(text)
     if not all((*sentences, reason)) or (found.sentences, found.reason) != (sentences, reason):
         raise ValueError(f"not an answer that reads back as it was written: {text!r}")

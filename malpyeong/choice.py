@@ -19,7 +19,7 @@ from typing import Any
 
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text
-from malpyeong.records import Record, parse_json
+from malpyeong.records import Record, json_lines, parse_json
 from malpyeong.rules import Rule
 
 INSTRUCTION = (
@@ -119,11 +119,10 @@ def load_labels(path: str | Path, records: Sequence[Record]) -> list[Labels]:
     text = read_text(path, _EXPECTED)
     found: dict[Any, Labels]
     if '"ppl_question"' in text.split("\n", 1)[0]:
-        lines = [(f"{path}: line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        found = dict(_mined(where, line) for where, line in lines)
+        found = dict(_mined(f"{path}: {place}", row) for place, row in json_lines(path, text))
         keys: list[Any] = [(record.id, record.question) for record in records]
     else:
-        found = {id_: Labels({rule: 1.0}) for id_, rule in _given(path, text).items()}
+        found = {id_: Labels({rule: 1.0}) for id_, rule in _given(path, text, _EXPECTED).items()}
         keys = [record.id for record in records]
     for record, key in zip(records, keys, strict=True):
         if key not in found:
@@ -139,13 +138,13 @@ def load_given_labels(path: Path) -> dict[str, str]:
     Raises:
         InputError: it cannot be read or is of another form.
     """
-    return _given(path, read_text(path, _GIVEN))
+    return _given(path, read_text(path, _GIVEN), _GIVEN)
 
 
-def _given(path: Path, text: str) -> dict[str, str]:
+def _given(path: Path, text: str, expected: str) -> dict[str, str]:
     values = parse_json(str(path), text)
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected {_EXPECTED}")
+        raise InputError(f"{path}: expected {expected}")
     labels: dict[str, str] = {}
     for id_, value in values.items():
         rule = value.get("rule") if isinstance(value, dict) else value
@@ -155,8 +154,7 @@ def _given(path: Path, text: str) -> dict[str, str]:
     return labels
 
 
-def _mined(where: str, line: str) -> tuple[tuple[str, str], Labels]:
-    row = parse_json(where, line)
+def _mined(where: str, row: Any) -> tuple[tuple[str, str], Labels]:  # noqa: ANN401 -- JSON is Any
     try:
         ratios = {str(one["rule"]): float(one["improvement_ratio"]) for one in row["candidates"]}
         key = (str(row["id"]), str(row["question"]))

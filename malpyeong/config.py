@@ -71,7 +71,7 @@ class PromptData(Block):
 
 
 class SFTData(PromptData):
-    """Files of the SFT stage; ``context`` and ``choice`` serve both."""
+    """Files of the SFT stage; ``context`` and ``labels`` serve both."""
 
     train: str
     dev: str

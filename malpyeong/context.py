@@ -14,7 +14,7 @@ from typing import Any
 from malpyeong.choice import is_readable
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text, write_text
-from malpyeong.records import Record, parse_json, record_from_json
+from malpyeong.records import Record, json_lines, record_from_json
 from malpyeong.rules import Rule, rule_from_json
 
 EXPECTED = "the output of python -m malpyeong.retrieval search"
@@ -53,13 +53,11 @@ def load_contexts(path: str | Path, records: Sequence[Record], choose: bool = Fa
     """
     path = Path(path)
     found: dict[tuple[str, str], Context] = {}
-    for number, line in enumerate(read_text(path, EXPECTED).split("\n"), 1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            key, context = _context(where, parse_json(where, line))
-            if key in found:
-                raise InputError(f'{where}: id "{printable(key[0], 40)}" has a line already; keep one of them')
-            found[key] = context
+    for place, line in json_lines(path, read_text(path, EXPECTED)):
+        key, context = _context(f"{path}: {place}", line)
+        if key in found:
+            raise InputError(f'{path}: {place}: id "{printable(key[0], 40)}" has a line already; keep one of them')
+        found[key] = context
     missing = [record.id for record in records if (record.id, record.question) not in found]
     if missing:
         raise InputError(

@@ -24,7 +24,7 @@ from malpyeong.errors import InputError
 from malpyeong.gpus import USABLE_GIB, nearest
 from malpyeong.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
 from malpyeong.records import Record, load_records
-from malpyeong.training import Questions, check_lengths, load_questions
+from malpyeong.training import Questions, check_lengths, labelled_share, load_questions, with_prompt_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,12 +109,7 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
         return
     questions = Questions(records)
     try:
-        splits = [load_questions(getattr(recipe.data, name), recipe.data) for name in names]
-        questions = Questions(
-            records,
-            [context for split in splits for context in split.contexts or ()] or None,
-            [labels for split in splits for labels in split.labels or ()] or None,
-        )
+        questions = with_prompt_data(records, recipe.data)
     except InputError as error:
         yield Finding("error", error.message)
     yield from examine_tokenizer(tokenizer, records, questions.contexts[0] if questions.contexts else _NO_CONTEXT)
@@ -255,10 +250,10 @@ def examine_tokenizer(
         records: with answers; the first hundred are tried.
         context: of the first record, whose prompt is looked at.
     """
-    from malpyeong.prompts import TEMPLATE_OPTIONS, build_messages, completion_ids
+    from malpyeong.prompts import TEMPLATE_OPTIONS, completion_ids, context_messages
 
     record = records[0]
-    messages: Any = build_messages(record, context.examples, context.rules, context.choose)
+    messages: Any = context_messages(record, context)
 
     def render(more: Sequence[dict[str, str]] = (), header: bool = True, **options: Any) -> str:  # noqa: ANN401
         text = tokenizer.apply_chat_template(
@@ -360,7 +355,7 @@ def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions:
     text = f"longest prompt {max(prompts)} tokens, longest answer {longest}; model.max_length is {limit}"
     if any(contexts):
         yield from _context(contexts, fitted, limit)
-        yield from _labels(questions.labels or (), fitted)
+        yield from _labels(questions.labels, fitted)
         alone = max(prompt_length(tokenizer, record, _NO_CONTEXT) for record in records)
         text = f"longest question alone {alone} tokens, {text}"
     if isinstance(recipe, GRPORecipe) and longest > recipe.training.max_completion_length:
@@ -387,12 +382,14 @@ def _context(contexts: Sequence[Context], fitted: Sequence[Context], limit: int)
         yield Finding("ok", f"{found}; {dropped or 'all of them fit'}")
 
 
-def _labels(labels: Sequence[Labels], fitted: Sequence[Context]) -> Iterator[Finding]:
-    if labels:
-        helped = sum(any(one.of(shown.rules)) for one, shown in zip(labels, fitted, strict=True))
-        text = f"a rule that helps is among the candidates of {helped} of {len(labels)} questions"
-        cure = "make data.labels and data.context from the same rule book"
-        yield Finding("ok", text) if helped else Finding("error", text, cure)
+def _labels(labels: Sequence[Labels] | None, fitted: Sequence[Context]) -> Iterator[Finding]:
+    if labels is not None:
+        try:
+            line = labelled_share(labels, fitted)
+        except InputError as error:
+            yield Finding("error", error.message)
+        else:
+            yield Finding("ok", line)
 
 
 def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Iterator[Finding]:
@@ -404,7 +401,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     import torch
 
     from malpyeong.model import load_for_training
-    from malpyeong.prompts import build_messages, fit_contexts, prompt_ids
+    from malpyeong.prompts import context_messages, fit_contexts, prompt_ids
     from malpyeong.rewards import RewardRun, load_models
 
     training, weights = recipe.training, recipe.data.rewards
@@ -420,7 +417,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     contexts = fit_contexts(tokenizer, records, contexts, [room] * len(records))
     dead = 0
     for place, (record, context) in enumerate(zip(records, contexts, strict=True)):
-        messages = build_messages(record, context.examples, context.rules, context.choose)
+        messages = context_messages(record, context)
         prompt = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
         with torch.no_grad():
             output = model.generate(

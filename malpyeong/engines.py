@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from malpyeong.answer import answer_grammar, close_reason, parse_answer, reason_grammar
+from malpyeong.answer import answer_grammar, close_reason, parse_answer, quote, reason_grammar
 from malpyeong.choice import NONE, tag
 from malpyeong.context import Context
 from malpyeong.errors import InputError
 from malpyeong.options import options, verdicts
-from malpyeong.prompts import build_messages, prompt_ids
+from malpyeong.prompts import context_messages, prompt_ids
 from malpyeong.records import Record
 from malpyeong.repair import right_particle, without_second_verdict
 
@@ -70,11 +70,7 @@ def _prompts(
     tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], contexts: Mapping[str, Context]
 ) -> list[list[int]]:
     """Return each record's prompt, with the rules and examples that ``contexts`` has for its id."""
-    found = [(record, contexts.get(record.id, Context())) for record in records]
-    return [
-        prompt_ids(tokenizer, build_messages(record, context.examples, context.rules, context.choose))
-        for record, context in found
-    ]
+    return [prompt_ids(tokenizer, context_messages(record, contexts.get(record.id, Context()))) for record in records]
 
 
 class TransformersEngine:
@@ -102,9 +98,11 @@ class TransformersEngine:
         decoding, tokenizer = self.decoding, self.tokenizer
         prompts = self.prompts(records)
         tags, chosen = [""] * len(records), [""] * len(records)
+        tag_ids: list[list[int]] = [[]] * len(records)
         if self._format:
             tags = [self._named_rule(record, prompt) for record, prompt in zip(records, prompts, strict=True)]
-            prompts = [prompt + _ids(tokenizer, name) for prompt, name in zip(prompts, tags, strict=True)]
+            tag_ids = [_ids(tokenizer, name) for name in tags]
+            prompts = [prompt + ids for prompt, ids in zip(prompts, tag_ids, strict=True)]
             offered = [verdicts(options(record)) for record in records]
             chosen = [
                 self.likeliest(prompt, candidates) if candidates else ""
@@ -118,8 +116,7 @@ class TransformersEngine:
         width = batch["input_ids"].shape[1]
         processors: list[Any] = []
         if self._format:
-            spent = [len(_ids(tokenizer, tags[place] + chosen[place])) for place in range(len(records))]
-            limits = [decoding.max_new_tokens - spent[place] for place in rows]
+            limits = [decoding.max_new_tokens - len(tag_ids[place]) - len(begun[place]) for place in rows]
             states = [self._format.row(chosen[place], limit) for place, limit in zip(rows, limits, strict=True)]
             processors.append(FormatGuard(states, width))
         if decoding.samples > 1:
@@ -264,7 +261,7 @@ def finish(text: str) -> str:
         return text
     while found.joiner and not all(found.sentences):  # of a pair one is empty, or both
         found = parse_answer(f'"{"".join(found.sentences) or found.joiner}"{found.particle} 옳다. {found.reason}')
-    quoted = f" {found.joiner} ".join(f'"{sentence}"' for sentence in found.sentences)
+    quoted = quote(found.sentences, found.joiner)
     particle = "가" if "이 옳다" in quoted else right_particle(found)
     reason, mended = "", found.reason
     while mended != reason:

@@ -42,6 +42,11 @@ def build_messages(
     ]
 
 
+def context_messages(record: Record, context: Context) -> list[Message]:
+    """Return the chat messages that ask for the answer of ``record`` with all of ``context``."""
+    return build_messages(record, context.examples, context.rules, context.choose)
+
+
 def fit_contexts(
     tokenizer: "PreTrainedTokenizerBase",
     records: Sequence[Record],
@@ -81,7 +86,7 @@ def left_out(contexts: Sequence[Context], fitted: Sequence[Context], limit: str)
 
 def prompt_length(tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context) -> int:
     """Return how many tokens the prompt of ``record`` has with all of ``context``."""
-    return len(prompt_ids(tokenizer, build_messages(record, context.examples, context.rules, context.choose)))
+    return len(prompt_ids(tokenizer, context_messages(record, context)))
 
 
 def _question(record: Record) -> str:

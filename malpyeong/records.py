@@ -8,7 +8,7 @@ has no ``output``. Text is never normalised: what comes in goes out, character b
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -158,6 +158,13 @@ def parse_json(where: str, text: str) -> Any:  # noqa: ANN401 -- JSON is Any
         raise InputError(f"{where}: not valid JSON ({error})") from None
 
 
+def json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Yield (``line N``, value) for every line of JSONL that is not blank; see :func:`parse_json`."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", parse_json(f"{path}: line {number}", line)
+
+
 def _json_objects(path: Path, text: str) -> list[tuple[str, Any]]:
     """Return (place, value) pairs: a JSON list's items, or one value a line."""
     if text.lstrip()[0] == "[":
@@ -165,11 +172,10 @@ def _json_objects(path: Path, text: str) -> list[tuple[str, Any]]:
         if not items:
             raise InputError(f"{path}: holds an empty list; expected at least one record")
         return [(f"record {index}", item) for index, item in enumerate(items, 1)]
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if lines[0][1].strip() == "{":  # an indented object, where JSONL has one whole object a line
+    if text.lstrip().split("\n", 1)[0].strip() == "{":  # an indented object, where JSONL has one whole object a line
         parse_json(f"{path}", text)
         raise InputError(f'{path}: the top level is one object; expected a list "[{{…}}, …]" or JSONL')
-    return [(f"line {number}", parse_json(f"{path}: line {number}", line)) for number, line in lines]
+    return list(json_lines(path, text))
 
 
 def record_from_json(where: str, item: Any, answers: Answers) -> Record:  # noqa: ANN401 -- JSON is Any

@@ -7,7 +7,7 @@ the contest would split. An answer without a verdict is left as it is.
 
 import re
 
-from malpyeong.answer import Answer, contest_split, format_problem, parse_answer, subject_particle, unwrap
+from malpyeong.answer import Answer, contest_split, format_problem, parse_answer, quote, subject_particle, unwrap
 
 _QUOTES = "\"'“”‘’"
 _CLOSING = re.compile(rf"\s*[{_QUOTES}]?\s*")
@@ -31,7 +31,7 @@ def repair(answer: str) -> tuple[str, tuple[str, ...]]:
     if particle == "이" and "가 옳다" in reason:
         reason = without_second_verdict(reason)
         kinds.append("second 가 옳다")
-    quoted = f" {found.joiner} ".join(f'"{sentence}"' for sentence in found.sentences)
+    quoted = quote(found.sentences, found.joiner)
     mended = f"{quoted}{particle} 옳다. {reason}".rstrip()
     again = parse_answer(mended)
     if (

@@ -14,7 +14,15 @@ from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError, printable
 from malpyeong.memory import Backend
 from malpyeong.model import check_adapter, pick_dtype
-from malpyeong.prompts import Message, build_messages, completion_ids, fit_contexts, left_out, prompt_ids
+from malpyeong.prompts import (
+    Message,
+    build_messages,
+    completion_ids,
+    context_messages,
+    fit_contexts,
+    left_out,
+    prompt_ids,
+)
 from malpyeong.records import Record, load_records
 from malpyeong.runs import adapter_digest, check_run, finish_run, has_ended, start_run
 
@@ -49,12 +57,16 @@ class Questions:
 
 
 def load_questions(path: str, data: PromptData) -> Questions:
-    """Read a file of questions and, from the files that ``data`` names, what belongs to them.
+    """Read a file of questions; see :func:`with_prompt_data`."""
+    return with_prompt_data(load_records(path, answers="gold"), data)
+
+
+def with_prompt_data(records: Sequence[Record], data: PromptData) -> Questions:
+    """Return records with what belongs to them in the files that ``data`` names.
 
     Raises:
         InputError: a file is defective, or has nothing for one of the records.
     """
-    records = load_records(path, answers="gold")
     if data.context is None:
         return Questions(records)
     contexts = load_contexts(data.context, records, choose=data.labels is not None)
@@ -279,17 +291,23 @@ def _messages(
     if line := left_out(contexts, fitted, "model.max_length"):
         click.echo(line)
     if questions.labels is not None:
-        helped = sum(any(labels.of(shown.rules)) for labels, shown in zip(questions.labels, fitted, strict=True))
-        if not helped:
-            raise InputError(
-                "data.labels: no rule that helps is among the candidates of any question; make data.labels and "
-                "data.context from the same rule book"
-            )
-        click.echo(f"a rule that helps is among the candidates of {helped} of {len(records)} questions")
-    return [
-        (build_messages(record, context.examples, context.rules, context.choose), context)
-        for record, context in zip(records, fitted, strict=True)
-    ]
+        click.echo(labelled_share(questions.labels, fitted))
+    return [(context_messages(record, context), context) for record, context in zip(records, fitted, strict=True)]
+
+
+def labelled_share(labels: Sequence[Labels], shown: Sequence[Context]) -> str:
+    """Return one line that says in how many questions a rule that helps is among the candidates.
+
+    Raises:
+        InputError: in none.
+    """
+    helped = sum(any(one.of(context.rules)) for one, context in zip(labels, shown, strict=True))
+    if not helped:
+        raise InputError(
+            "data.labels: no rule that helps is among the candidates of any question; make data.labels and "
+            "data.context from the same rule book"
+        )
+    return f"a rule that helps is among the candidates of {helped} of {len(labels)} questions"
 
 
 def check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:

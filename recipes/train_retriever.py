@@ -9,7 +9,7 @@ It is the baseline that BM25, PPL-mined candidates and a model that chooses its 
 - Loss: InfoNCE over a batch (sentence-transformers' MultipleNegativesRankingLoss): a question's rule against the other
   questions' rules and its own hard negatives. No batch holds a rule twice, which would be its own negative.
 - Hard negatives: the rules other than the labelled one that BM25 ranks first.
-- Labels: record id → rule id, as the sample data has them.
+- Labels: record id → rule id, as the sample data has them, or mined ones (``malpyeong.choice``).
 - Questions and rules are rendered as in ``malpyeong.retrieval.neural``; one that does not fit ``model.max_length`` is
   an error, never cut. With ``model.lora`` an adapter is trained and merged into the saved model.
 - ``--resume auto`` goes on from the last complete checkpoint.
