@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 @pytest.fixture
 def make(tmp_path):
     """Run targets with a command in Python's place that shows its arguments; return those of each call."""
-    shown = f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
+    shown = f"{shlex.quote(sys.executable)} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
     data = tmp_path / "대회 자료"
     data.mkdir()
     for name in ("train", "dev", "test"):
