@@ -21,6 +21,8 @@ help: ## list the targets
 	@echo "  make sft-NAME      SFT with dev loss deciding when to stop        DATA=data  RUNS=runs"
 	@echo "  make doctor-NAME   look whether the GRPO stage will run, and fit  GPU=t4|24gb|40gb|80gb (default: what is here)"
 	@echo "  make grpo-NAME     GRPO, going on from the SFT adapter            MODEL=another hub id, or a folder"
+	@echo "  make hard-NAME     the questions that SFT knows least, to RUNS/NAME-hard.json: GRPO learns more from a step"
+	@echo "                     with them (ARGS=data.train=RUNS/NAME-hard.json for the doctor and grpo-NAME)"
 	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=anything else that the command takes,"
 	@echo "  make submit-NAME   answer test.json, write a checked submission     as training.max_steps=500 or --batch-size=4"
 	@echo "  make mine-NAME     which rules make the gold answers likelier: labels for NAME-choice, with DATA/rules.json"
@@ -103,6 +105,10 @@ sft-%: recipes/%/sft.yaml $(STAMP)
 grpo-%: recipes/%/grpo.yaml $(STAMP)
 	$(CONTEXT)
 	$(RUN) recipes/grpo.py $< $(GRPO) --resume auto
+
+hard-%: recipes/%/grpo.yaml $(STAMP)
+	$(CONTEXT)
+	$(RUN) recipes/hard_questions.py $< $(GRPO) -o "$(RUNS)/$*-hard.json"
 
 doctor-%: recipes/%/grpo.yaml $(STAMP)
 	$(CONTEXT)

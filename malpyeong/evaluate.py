@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +30,7 @@ _COLUMNS = {
     "format_rate": "format",
     "missing_reasons": "no reason",
 }
+_NARROW = {"ROUGE-1": "ROUGE\n-1", "BERTScore": "BERT\nScore", "descriptive": "descr.", "no reason": "no\nreason"}
 
 
 def evaluate(
@@ -184,22 +186,23 @@ def main(
 
 
 def _summary_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="contest score (0–1)")
-    table.add_column("")
-    table.add_column("records", justify="right")
-    for name in _COLUMNS.values():
-        table.add_column(name, justify="right")
+    """Return what was measured, narrow enough for a terminal of 80 columns."""
+    shown = [key for key in _COLUMNS if summary[key] is not None]
+    table = Table(title="contest score (0–1)", box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for name in ("n", *(_COLUMNS[key] for key in shown)):
+        table.add_column(_NARROW.get(name, name), justify="right", min_width=5)
     parts = [("all", summary), *summary["by_question_type"].items(), *summary.get("by_category", {}).items()]
     for title, part in parts:
-        table.add_row(Text(printable(title)), str(part["records"]), *(_cell(part[key]) for key in _COLUMNS))
+        table.add_row(Text(printable(title)), str(part["records"]), *(_cell(part[key]) for key in shown))
     interval = summary["confidence_95"]
-    bounds = ("–".join(f"{bound:.3f}" for bound in interval[key]) if key in interval else "" for key in _COLUMNS)
-    table.add_row("95 %", "", *bounds)
+    for place, title in enumerate(("95 % from", "     to")):
+        table.add_row(title, "", *(f"{interval[key][place]:.3f}" if key in interval else "" for key in shown))
     return table
 
 
 def _cell(value: float | None) -> str:
-    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _print_comparison(console: Console, comparison: dict[str, Any], other: Path) -> None:

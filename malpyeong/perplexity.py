@@ -8,14 +8,18 @@ prompts share is computed once (:func:`shared_prefix`), answers are batched, and
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from malpyeong.scoring.pairs import batches
+
 MAX_LOGITS = 2**25  # held at once, in float32: 128 MiB
+MAX_PADDED = 2**12  # tokens of a batch in answer_perplexities
 
 
 class Row(NamedTuple):
@@ -122,6 +126,24 @@ def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> li
     )
     means = [part.double().mean() for part in torch.split(losses.cpu(), [len(row.answer) for row in rows])]
     return [math.exp(float(mean)) for mean in means]
+
+
+def answer_perplexities(
+    model: Any,  # noqa: ANN401 -- a causal LM
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    pad: int,
+) -> Iterator[tuple[int, float]]:
+    """Yield (position, PPL(answer | its prompt)), longest first; what all prompts begin with is computed once.
+
+    Raises:
+        ValueError: an answer is empty.
+    """
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    rows = [Row(prompt[shared:], answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    prefix = shared_prefix(model, prompts[0][:shared])
+    for batch in batches([len(row) for row in rows], MAX_PADDED):
+        yield from zip(batch, perplexities(model, prefix, [rows[place] for place in batch], pad), strict=True)
 
 
 def _causal_lm(model: Any) -> Any:  # noqa: ANN401 -- transformers and PEFT models

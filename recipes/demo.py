@@ -35,6 +35,7 @@ SPLITS = ("test", "unseen")
 SIZE = ("--batch-size", "128", "--max-new-tokens", "200")
 # What training does to the answers would be hidden by constraints and repair, which the submission's answers have.
 AS_TRAINED = ("--decoding", "free", "--no-repair")
+HARD = 0.2  # of the questions is what GRPO asks
 STAGES = {"base": "base", "sft": "SFT", "grpo": "SFT+GRPO"}
 
 
@@ -110,7 +111,12 @@ def main(output: Path, seed: int) -> None:
     demo.predict("base", TINY_BASE)
     sft = demo.train("sft", seeded)
     demo.predict("sft", TINY_BASE, "--adapter", sft)
-    grpo = demo.train("grpo", seeded, f"model.adapter={sft}")
+    hard = demo.make(
+        output / "hard.json",
+        *(RECIPES / "hard_questions.py", RECIPES / "tiny" / "grpo.yaml"),
+        *(f"model.adapter={sft}", "-o", output / "hard.json", "--share", str(HARD)),
+    )
+    grpo = demo.train("grpo", seeded, f"model.adapter={sft}", f"data.train={hard}")
     merged = demo.make(output / "merged", "-m", "malpyeong.export", grpo, "-o", output / "merged", "--dtype", "float32")
     demo.predict("grpo", merged)
     questions, prediction = DATA / "test_questions.json", output / "predictions" / "submission" / "test.json"

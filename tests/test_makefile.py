@@ -52,6 +52,10 @@ def test_every_stage_gets_the_context(make, tmp_path):
     assert f"data.context={context}" in grpo
     assert "model.name=내 모형" in grpo
 
+    # So does what looks for the hard questions.
+    _, hard = make("hard-qwen", "MODEL=내 모형")
+    assert hard == ["recipes/hard_questions.py", *grpo[1:-2], "-o", f"{runs / 'qwen-hard.json'}"]
+
     search, predict, submit = make("submit-qwen", "ARGS=--batch-size 4")
     files = [f"{data / 'test.json'}", "--examples", f"{train}"]
     assert search == ["-m", "malpyeong.retrieval", "search", *files, "-o", f"{runs / 'context-test.jsonl'}"]

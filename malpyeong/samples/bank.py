@@ -45,6 +45,7 @@ class Item:
         only: the single question type that suits it, "" if both do.
         reason: why, in one or two sentences, without the conclusion.
         sentences: five frames with ``[]`` for the form and slots such as ``<사람>(은)``.
+        explore: a sixth one, "" for an item that is kept out of training.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Item:
     wrong: str
     reason: str
     sentences: tuple[str, ...]
+    explore: str = ""
     wrong2: str = ""
     also_right: str = ""
     only: str = ""

@@ -2,10 +2,10 @@
 
 Every item has five sentence frames. One frame of each item is kept out of ``train``, for ``explore``, ``dev`` or
 ``test``, so that those splits ask known norms in sentences that SFT never saw. ``explore`` is what GRPO trains on: on
-questions that SFT knows by heart the completions hardly differ and there is little to learn. It asks every item, those
-without a sentence of their own there in a training sentence with other words: what GRPO never asks, it forgets. One
-item in nine is kept out of training altogether and makes the ``unseen`` split. The rare forms (``specials.yaml``) have
-one sentence each, which the other splits ask with other words in its slots. The result depends on nothing but the bank.
+questions that SFT knows by heart the completions hardly differ and there is little to learn. It asks every item, in a
+sixth sentence that is there only: what GRPO never asks, it forgets. One item in nine is kept out of training
+altogether and makes the ``unseen`` split. The rare forms (``specials.yaml``) have one sentence each, which the other
+splits ask with other words in its slots. The result depends on nothing but the bank.
 """
 
 import json
@@ -69,15 +69,6 @@ def build_splits() -> dict[str, list[Labelled]]:
     for item, split, frame in split_frames():
         rng = random.Random(f"malpyeong {item.id} {frame}")
         _add(splits[split], seen, _records_of_frame(item, frame, rng), item.id, item.rule)
-    explored = {entry.item for entry in splits["explore"]}
-    for item, split, frame in split_frames():
-        if split == "train" and item.id not in explored:
-            rng = random.Random(f"malpyeong explore {item.id} {frame}")
-            made = (record for _ in range(20) for record in _records_of_frame(item, frame, rng))
-            other = next((record for record in made if record.question not in seen), None)
-            if other is not None:
-                explored.add(item.id)
-                _add(splits["explore"], seen, iter([other]), item.id, item.rule)
     for special in load_specials():
         rng = random.Random(f"malpyeong {special['id']}")
         for split, fills in FILLS_OF_A_SPECIAL.items():
@@ -108,6 +99,7 @@ def split_frames() -> list[tuple[Item, str, str]]:
                 (item, held_out_split if index == held_out else "train", frame)
                 for index, frame in enumerate(item.sentences)
             ]
+            frames.append((item, "explore", item.explore))
     # A sentence that two items share must not be asked in training about one and held out for the other.
     first: dict[str, str] = {}
     for name in SPLITS:

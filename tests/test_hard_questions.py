@@ -1,0 +1,73 @@
+"""The hardest questions of a GRPO recipe: those that perplexity, by its definition, ranks first."""
+
+import json
+
+from malpyeong.choice import tag
+from malpyeong.context import Context, load_contexts, write_contexts
+from malpyeong.model import load_for_prediction
+from malpyeong.perplexity import perplexity
+from malpyeong.prompts import completion_ids, context_messages, fit_contexts, prompt_ids
+from malpyeong.records import load_records, write_records
+from malpyeong.rules import load_rule_book
+from malpyeong.samples import DATA, TINY_BASE
+
+RECIPE = ("recipes/hard_questions.py", "recipes/tiny/grpo.yaml", "model.adapter=null")
+RECORDS = load_records(DATA / "dev.json", answers="gold")[:20]
+
+
+def hardest(contexts, answers, count):
+    model, tokenizer = load_for_prediction(str(TINY_BASE), dtype="float32")
+    shown = fit_contexts(tokenizer, RECORDS, contexts, [2048] * len(RECORDS))
+    prompts = [prompt_ids(tokenizer, messages) for messages in map(context_messages, RECORDS, shown)]
+    ppl = [
+        perplexity(model, prompt, completion_ids(tokenizer, answer))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    ranked = sorted(range(len(ppl)), key=lambda place: -ppl[place])
+    return [RECORDS[place] for place in sorted(ranked[:count])], RECORDS[ranked[0]]
+
+
+def test_writes_the_share_with_the_highest_perplexity_in_the_order_of_the_file(tmp_path, run_module):
+    write_records(tmp_path / "train.json", RECORDS)
+    output = tmp_path / "어려운 문제.json"
+    result = run_module(*RECIPE, f"data.train={tmp_path / 'train.json'}", "-o", output, "--share", "0.3")
+    assert result.returncode == 0, result.stderr
+    expected, first = hardest([Context()] * len(RECORDS), [record.answer for record in RECORDS], 6)
+    assert load_records(output, answers="gold") == expected
+    assert f"id {first.id}:" in result.stdout.splitlines()[0]
+    assert "the 6 hardest of 20 questions" in result.stdout
+
+
+def test_prompts_are_those_of_training(tmp_path, run_module):
+    labels = json.loads((DATA / "labels.json").read_text("utf-8"))
+    rules = {rule.id: rule for rule in load_rule_book(DATA / "rules.json")}
+    named = [labels[record.id]["rule"] for record in RECORDS]
+    other = next(iter(rules.values()))
+    write_records(tmp_path / "train.json", RECORDS)
+    context = tmp_path / "context.jsonl"
+    shown = [[(1.0, rules[name])] + ([(0.5, other)] if name != other.id else []) for name in named]
+    write_contexts(context, RECORDS, shown, [[] for _ in RECORDS])
+    files = [f"data.train={tmp_path / 'train.json'}", f"data.context={context}", f"data.labels={DATA / 'labels.json'}"]
+    result = run_module(*RECIPE, *files, "model.max_length=2048", "-o", tmp_path / "hard.json", "--share", "0.5")
+    assert result.returncode == 0, result.stderr
+    contexts = load_contexts(context, RECORDS, choose=True)
+    answers = [tag(name) + record.answer for name, record in zip(named, RECORDS, strict=True)]
+    assert load_records(tmp_path / "hard.json", answers="gold") == hardest(contexts, answers, 10)[0]
+
+
+def test_mistakes_are_one_line_before_a_model_is_loaded(tmp_path, run_module):
+    write_records(tmp_path / "train.json", RECORDS)
+    for arguments, line in (
+        ([f"data.train={tmp_path / 'no.json'}", "-o", tmp_path / "a.json"], "no.json"),
+        ([f"data.train={tmp_path / 'train.json'}", "-o", tmp_path / "train.json" / "a.json"], "a.json"),
+        ([f"data.train={tmp_path / 'train.json'}", "-o", tmp_path / "a.json", "--share", "0"], "--share"),
+        (
+            [f"data.train={tmp_path / 'train.json'}", "model.adapter=no", "-o", tmp_path / "a.json"],
+            "no: holds no adapter",
+        ),
+    ):
+        result = run_module(*RECIPE, *arguments)
+        assert result.returncode == 2
+        assert line in result.stderr
+        assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
