@@ -35,7 +35,6 @@ SPLITS = ("test", "unseen")
 SIZE = ("--batch-size", "128", "--max-new-tokens", "200")
 # What training does to the answers would be hidden by constraints and repair, which the submission's answers have.
 AS_TRAINED = ("--decoding", "free", "--no-repair")
-HARD = 0.2  # of the questions is what GRPO asks
 STAGES = {"base": "base", "sft": "SFT", "grpo": "SFT+GRPO"}
 
 
@@ -114,7 +113,7 @@ def main(output: Path, seed: int) -> None:
     hard = demo.make(
         output / "hard.json",
         *(RECIPES / "hard_questions.py", RECIPES / "tiny" / "grpo.yaml"),
-        *(f"model.adapter={sft}", "-o", output / "hard.json", "--share", str(HARD)),
+        *(f"model.adapter={sft}", "-o", output / "hard.json"),
     )
     grpo = demo.train("grpo", seeded, f"model.adapter={sft}", f"data.train={hard}")
     merged = demo.make(output / "merged", "-m", "malpyeong.export", grpo, "-o", output / "merged", "--dtype", "float32")

@@ -1,6 +1,6 @@
 """The questions that GRPO has something to learn from: those whose gold answers the model finds least likely.
 
-    python recipes/hard_questions.py recipes/tiny/grpo.yaml -o runs/tiny-hard.json --share 0.3
+    python recipes/hard_questions.py recipes/tiny/grpo.yaml -o runs/tiny-hard.json --share 0.5
     python recipes/grpo.py recipes/tiny/grpo.yaml data.train=runs/tiny-hard.json
 
 GRPO learns from differences between the answers to one question. After SFT most questions are answered alike every
@@ -35,7 +35,7 @@ from malpyeong.training import load_questions, sft_dataset
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A contest file.")
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.3, show_default=True)
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True)
 def main(recipe_file: Path, overrides: tuple[str, ...], output: Path, share: float) -> None:
     """Write the hardest questions of a GRPO RECIPE."""
     prepare_environment()
