@@ -128,6 +128,7 @@ class GRPOTraining(Block):
     seed: int = 0
     max_steps: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
+    lr_scheduler_type: Literal["constant_with_warmup", "linear"] = "constant_with_warmup"
     warmup_steps: int = Field(default=10, ge=0)
     batch_size: int = Field(gt=0)
     gradient_accumulation_steps: int = Field(gt=0)

@@ -213,7 +213,7 @@ def _print_comparison(console: Console, comparison: dict[str, Any], other: Path)
         if key in comparison["difference"]:
             row = comparison["difference"][key]
             low, high = row["confidence_95"]
-            table.add_row(_COLUMNS[key], f"{row['value']:+.4f}", f"{low:+.3f} to {high:+.3f}", f"{row['p']:.3f}")
+            table.add_row(_COLUMNS[key], f"{row['value']:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{row['p']:.3f}")
     console.print(table)
     console.print(f"{comparison['changed_answers']} answers differ")
     for name, word in (("em_gained", "now right"), ("em_lost", "no longer right")):

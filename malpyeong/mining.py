@@ -17,7 +17,6 @@ on with the batch that it was at and ends in the same result.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from malpyeong.context import load_contexts
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile
 from malpyeong.options import options
-from malpyeong.perplexity import Row, perplexities, perplexity, shared_prefix
+from malpyeong.perplexity import Row, check_parts, perplexities, shared_prefix
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
 from malpyeong.records import Record
 from malpyeong.rules import Rule
@@ -170,14 +169,12 @@ def mine(model: Any, plan: Plan, pad: int, done: int = 0) -> Iterator[list[float
     """
     rest = plan.batches[done:]
     if rest:
-        _check_parts(model, plan, rest, pad)
+        longest = max(rest, key=lambda batch: len(plan.heads[batch.context]))
+        check_parts(model, plan.heads[longest.context], [plan.rows[longest.rows[0]], plan.rows[longest.rows[-1]]], pad)
     for context, batches in groupby(rest, key=lambda batch: batch.context):
         prefix = shared_prefix(model, plan.heads[context])
         for batch in batches:
-            found = perplexities(model, prefix, [plan.rows[row] for row in batch.rows], pad)
-            if not all(map(math.isfinite, found)):
-                raise InputError("the model's perplexity is not a number; set model.dtype=bfloat16 or float32")
-            yield found
+            yield perplexities(model, prefix, [plan.rows[row] for row in batch.rows], pad)
 
 
 def ranked(
@@ -261,21 +258,6 @@ def load_candidates(path: Path, records: Sequence[Record], rules: Sequence[Rule]
                 )
         candidates[record.id] = [rule.id for rule in context.rules]
     return candidates
-
-
-def _check_parts(model: Any, plan: Plan, batches: Sequence[Batch], pad: int) -> None:  # noqa: ANN401 -- a causal LM
-    """Make sure, once a run, that this architecture may be computed in parts: the longest context, padded rows."""
-    batch = max(batches, key=lambda batch: len(plan.heads[batch.context]))
-    head = plan.heads[batch.context]
-    rows = [plan.rows[batch.rows[0]], plan.rows[batch.rows[-1]]]
-    parts = perplexities(model, shared_prefix(model, head), rows, pad)
-    whole = [perplexity(model, [*head, *row.prompt_end], row.answer) for row in rows]
-    tolerance = 1e-3 if str(model.dtype) == "torch.float32" else 5e-2
-    if any(abs(a - b) > tolerance * b for a, b in zip(parts, whole, strict=True)):
-        raise InputError(
-            f"perplexities in parts {parts} differ from those of whole sequences {whole}: this model's architecture "
-            "cannot be computed after a shared prefix; choose another model"
-        )
 
 
 def _answer(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

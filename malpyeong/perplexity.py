@@ -1,7 +1,8 @@
 """Perplexity of answers, many answers to one prompt's beginning at a time.
 
 ``PPL(a | prompt) = exp(mean over the answer's tokens of -log p(token | prompt, answer so far))``. Prompt tokens do not
-count, and neither does the end-of-turn token: whether a model stops says nothing about what it was shown.
+count. Where rules are compared the end-of-turn token is no part of the answer: whether a model stops says nothing about
+what it was shown.
 
 :func:`perplexity` is this definition in code. :func:`perplexities` gives the same numbers fast: the part that the
 prompts share is computed once (:func:`shared_prefix`), answers are batched, and logits exist at answer positions only.
@@ -16,10 +17,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from malpyeong.errors import InputError
 from malpyeong.scoring.pairs import batches
 
 MAX_LOGITS = 2**25  # held at once, in float32: 128 MiB
-MAX_PADDED = 2**12  # tokens of a batch in answer_perplexities
+MAX_PADDED = 2**12  # tokens of a batch in answer_perplexities, without what its prompts share
 
 
 class Row(NamedTuple):
@@ -93,6 +95,7 @@ def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> li
 
     Raises:
         ValueError: a row's answer or prompt end is empty.
+        InputError: the model gives a perplexity that is not a number.
     """
     if not all(row.prompt_end and row.answer for row in rows):
         raise ValueError("a row needs at least one prompt token and one answer token after the prefix")
@@ -125,7 +128,10 @@ def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> li
         ]
     )
     means = [part.double().mean() for part in torch.split(losses.cpu(), [len(row.answer) for row in rows])]
-    return [math.exp(float(mean)) for mean in means]
+    found = [math.exp(float(mean)) for mean in means]
+    if not all(map(math.isfinite, found)):
+        raise InputError("the model's perplexity is not a number; set model.dtype=bfloat16 or float32")
+    return found
 
 
 def answer_perplexities(
@@ -138,12 +144,31 @@ def answer_perplexities(
 
     Raises:
         ValueError: an answer is empty.
+        InputError: see :func:`perplexities` and :func:`check_parts`.
     """
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     rows = [Row(prompt[shared:], answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    prefix = shared_prefix(model, prompts[0][:shared])
+    head = prompts[0][:shared]
+    check_parts(model, head, [rows[0], rows[-1]], pad)
+    prefix = shared_prefix(model, head)
     for batch in batches([len(row) for row in rows], MAX_PADDED):
         yield from zip(batch, perplexities(model, prefix, [rows[place] for place in batch], pad), strict=True)
+
+
+def check_parts(model: Any, head: Sequence[int], rows: Sequence[Row], pad: int) -> None:  # noqa: ANN401 -- a causal LM
+    """Make sure that this architecture may be computed in parts: by a shared ``head``, and rows padded together.
+
+    Raises:
+        InputError: the perplexities are other ones than those of whole sequences.
+    """
+    parts = perplexities(model, shared_prefix(model, head), rows, pad)
+    whole = [perplexity(model, [*head, *row.prompt_end], row.answer) for row in rows]
+    tolerance = 1e-3 if str(model.dtype) == "torch.float32" else 5e-2
+    if any(abs(a - b) > tolerance * b for a, b in zip(parts, whole, strict=True)):
+        raise InputError(
+            f"perplexities in parts {parts} differ from those of whole sequences {whole}: this model's architecture "
+            "cannot be computed after a shared prefix; choose another model"
+        )
 
 
 def _causal_lm(model: Any) -> Any:  # noqa: ANN401 -- transformers and PEFT models

@@ -110,11 +110,8 @@ def main(output: Path, seed: int) -> None:
     demo.predict("base", TINY_BASE)
     sft = demo.train("sft", seeded)
     demo.predict("sft", TINY_BASE, "--adapter", sft)
-    hard = demo.make(
-        output / "hard.json",
-        *(RECIPES / "hard_questions.py", RECIPES / "tiny" / "grpo.yaml"),
-        *(f"model.adapter={sft}", "-o", output / "hard.json"),
-    )
+    hard, select = output / "hard.json", (RECIPES / "hard_questions.py", RECIPES / "tiny" / "grpo.yaml")
+    demo.make(hard, *select, f"model.adapter={sft}", "-o", hard)
     grpo = demo.train("grpo", seeded, f"model.adapter={sft}", f"data.train={hard}")
     merged = demo.make(output / "merged", "-m", "malpyeong.export", grpo, "-o", output / "merged", "--dtype", "float32")
     demo.predict("grpo", merged)

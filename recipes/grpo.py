@@ -47,7 +47,7 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "data_seed": training.seed,
         "max_steps": training.max_steps,
         "learning_rate": training.learning_rate,
-        "lr_scheduler_type": "linear",  # to 0, so that the last few questions do not weigh most
+        "lr_scheduler_type": training.lr_scheduler_type,
         "warmup_steps": training.warmup_steps,
         "per_device_train_batch_size": training.batch_size,
         "per_device_eval_batch_size": training.batch_size,

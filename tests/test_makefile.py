@@ -77,7 +77,7 @@ def test_a_model_that_chooses_gets_the_labels_that_were_mined(make, tmp_path):
         f"mining.output={runs / 'qwen-mined'}", "model.name=내 모형", "--resume", "auto",
     ]  # fmt: skip
     labels = f"data.labels={runs / 'qwen-mined' / 'contexts.jsonl'}"
-    for stage in ("sft", "grpo", "doctor"):
+    for stage in ("sft", "grpo", "doctor", "hard"):
         assert labels in make(f"{stage}-qwen-choice")[1]
         assert labels not in make(f"{stage}-qwen")[1]
     assert make("submit-qwen-choice")[1][-1] == "--choose"

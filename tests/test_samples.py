@@ -33,7 +33,7 @@ def test_sizes(splits):
     assert len(load_rules()) >= 90
     assert len({rule["id"] for rule in load_rules()}) == len(load_rules())
     assert len(splits["train"]) >= 2000
-    assert len(splits["explore"]) >= 250
+    assert len(splits["explore"]) >= 1000
     assert len(splits["dev"]) >= 150
     assert len(splits["test"]) >= 200
     assert {entry.category for entry in splits["test"]} == {"띄어쓰기", "맞춤법·표준어", "외래어 표기", "문장 부호"}
@@ -50,6 +50,7 @@ def test_no_question_or_id_is_in_two_places(splits):
 def test_unseen_items_and_held_out_frames_are_not_in_training(splits):
     items = {name: {entry.item for entry in splits[name]} for name in SPLITS}
     assert all(not items["unseen"] & items[name] for name in SPLITS if name != "unseen")
+    assert items["explore"] == items["train"]
     frames = [{frame for _, split, frame in split_frames() if split == name} for name in SPLITS]
     assert sum(map(len, frames)) == len(set().union(*frames))
 

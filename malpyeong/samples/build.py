@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from malpyeong.answer import subject_particle, write_answer
+from malpyeong.errors import InputError
 from malpyeong.files import write_text
 from malpyeong.records import Record, write_records
 from malpyeong.samples import DATA
@@ -63,7 +64,7 @@ class Labelled:
 
 
 def build_splits() -> dict[str, list[Labelled]]:
-    """Return the four splits; ids are strings of integers, unique over all of them."""
+    """Return the splits; ids are strings of integers, unique over all of them."""
     splits: dict[str, list[Labelled]] = {name: [] for name in SPLITS}
     seen: set[str] = set()
     for item, split, frame in split_frames():
@@ -99,6 +100,8 @@ def split_frames() -> list[tuple[Item, str, str]]:
                 (item, held_out_split if index == held_out else "train", frame)
                 for index, frame in enumerate(item.sentences)
             ]
+            if not item.explore:
+                raise InputError(f'item bank: "{item.id}" has no explore sentence, which every trained item needs')
             frames.append((item, "explore", item.explore))
     # A sentence that two items share must not be asked in training about one and held out for the other.
     first: dict[str, str] = {}
