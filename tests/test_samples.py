@@ -87,7 +87,7 @@ def test_every_record(split, splits):
             )
         elif record.question_type == "교정형":
             wrongs = [form for form in (item.wrong, item.wrong2) if form]
-            assert any(parsed.sentence.replace(item.right, wrong) in record.question for wrong in wrongs)
+            assert any(parsed.sentence.replace(item.right, wrong, 1) in record.question for wrong in wrongs)
 
 
 def test_rare_forms_are_there(splits):
