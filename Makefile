@@ -20,11 +20,10 @@ help: ## list the targets
 	@echo "  One model on one GPU, with the contest's train.json, dev.json and test.json in DATA:"
 	@echo "  make sft-NAME      SFT with dev loss deciding when to stop        DATA=data  RUNS=runs"
 	@echo "  make doctor-NAME   look whether the GRPO stage will run, and fit  GPU=t4|24gb|40gb|80gb (default: what is here)"
-	@echo "  make hard-NAME     if you like, before GRPO: the questions that SFT knows least (docs/grpo-tiny.md), for the"
-	@echo "                     next two with ARGS=data.train=RUNS/NAME-hard.json"
 	@echo "  make grpo-NAME     GRPO, going on from the SFT adapter            MODEL=another hub id, or a folder"
 	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=anything else that the command takes,"
 	@echo "  make submit-NAME   answer test.json, write a checked submission     as training.max_steps=500 or --batch-size=4"
+	@echo "  make hard-NAME     the questions that SFT knows least; to ask only those, grpo-NAME ARGS=data.train=RUNS/NAME-hard.json"
 	@echo "  make mine-NAME     which rules make the gold answers likelier: labels for NAME-choice, with DATA/rules.json"
 	@echo "  NAME: $(MODELS)"
 
