@@ -7,8 +7,11 @@ For each seed the tiny model is fine-tuned as in the demo; from there once more 
 prompts (half of the train split, one epoch), and answers the sample test and unseen questions with the same kind.
 Rules and examples are what BM25 finds; a rule is shown by its title and three examples, because this model reads one
 character at a time. Of the model that was trained with the retrieved rule two more rows come without training: the
-same questions with a random rule and with the labelled one (oracle) in its place. ``choice`` sees three rules in any
-order and names one first, after SFT, and after GRPO on top of it (recipes/tiny-choice).
+same questions with a random rule and with the labelled one (oracle) in its place.
+
+``choice`` sees the titles of five rules in any order and names one first (recipes/tiny-choice). From the demo's SFT it
+learns to name the rule of a question without seeing any (``data.recall``), then to choose and answer, both on the whole
+train split, and then by GRPO.
 """
 
 import json
@@ -37,7 +40,14 @@ from malpyeong.scoring.report import summarise
 RECIPES = Path(__file__).parent.parent / "recipes"
 LABELS, RULES = DATA / "labels.json", DATA / "rules.json"
 SPLITS = ("test", "unseen")
-CANDIDATES = 3
+CANDIDATES = 5
+HALF = (
+    "training.epochs=1",
+    "training.learning_rate=1.0e-3",
+    "training.warmup_steps=5",
+    "training.batch_size=16",
+    "training.eval_steps=50",
+)
 # Row → (the context that the model was trained with, the context that it is asked with).
 ROWS = {
     "no context": ("none", "none"),
@@ -46,8 +56,8 @@ ROWS = {
     "… the labelled rule instead (oracle)": ("rule", "oracle"),
     "retrieved example": ("example", "example"),
     "retrieved rule and example": ("both", "both"),
-    "choice of three rules, SFT": ("choice", "choice"),
-    "choice of three rules, SFT + GRPO": ("choice-grpo", "choice"),
+    "choice of five rules, SFT": ("choice", "choice"),
+    "choice of five rules, SFT + GRPO": ("choice-grpo", "choice"),
 }
 
 
@@ -56,16 +66,22 @@ def short(rule: Rule) -> Rule:
     return replace(rule, text=rule.title or rule.text, title="", examples=rule.examples[:3])
 
 
+def title_only(rule: Rule) -> Rule:
+    """Return a rule with its title for its text: what stands in a list to choose from."""
+    return replace(rule, text=rule.title or rule.text, title="", examples=())
+
+
 def variants(record: Record, found: Context, label: Labels, rules: Sequence[Rule]) -> dict[str, Context]:
     """Return every kind of context of one question, from what was retrieved for it."""
+    oracle = [rule for rule in rules if rule.id in label.gains]
     other = random.Random(record.question).choice([rule for rule in rules if rule.id not in label.gains])
     return {
-        "rule": Context(found.rules[:1]),
-        "random": Context((other,)),
-        "oracle": Context(tuple(rule for rule in rules if rule.id in label.gains)),
+        "rule": Context((short(found.rules[0]),)),
+        "random": Context((short(other),)),
+        "oracle": Context(tuple(map(short, oracle))),
         "example": Context((), found.examples[:1]),
-        "both": Context(found.rules[:1], found.examples[:1]),
-        "choice": Context(found.rules),
+        "both": Context((short(found.rules[0]),), found.examples[:1]),
+        "choice": Context(tuple(map(title_only, found.rules))),
     }
 
 
@@ -105,12 +121,11 @@ class Bench:
         ]
         for kind in rows[0]:  # scores are of no use from here on; "choice" is written last
             ranked = [row[kind] for row in rows]
-            its_rules = [[(0.0, short(rule)) for rule in context.rules] for context in ranked]
             write_contexts(
                 self.output / f"{kind}.jsonl",
                 records,
-                its_rules,
-                [[(0.0, one) for one in row.examples] for row in ranked],
+                [[(0.0, rule) for rule in context.rules] for context in ranked],
+                [[(0.0, one) for one in context.examples] for context in ranked],
             )
 
     def train(self, kind: str, seed: int) -> Path:
@@ -120,15 +135,20 @@ class Bench:
         if kind == "sft":
             return self.make(run / "adapter", RECIPES / "sft.py", RECIPES / "tiny" / "sft.yaml", *common)
         stage = "grpo" if kind == "choice-grpo" else "sft"
-        start = self.train("choice" if stage == "grpo" else "sft", seed)
+        start = self.train({"choice": "recall", "choice-grpo": "choice"}.get(kind, "sft"), seed)
         overrides = [f"model.adapter={start}"]
-        if stage == "sft":
-            overrides.append(f"data.train={self.output / 'train.json'}")
-        if kind == "none":
-            overrides += ["data.context=null", "data.labels=null"]
+        if kind == "recall":
+            overrides += ["data.context=null", "data.recall=true"]
+        elif kind in ("choice", "choice-grpo"):
+            overrides.append(f"data.context={self.output / 'choice.jsonl'}")
         else:
-            overrides.append(f"data.context={self.output / kind.removesuffix('-grpo')}.jsonl")
-            overrides += [] if kind.startswith("choice") else ["data.labels=null"]
+            context = "null" if kind == "none" else self.output / f"{kind}.jsonl"
+            overrides += [
+                f"data.train={self.output / 'train.json'}",
+                f"data.context={context}",
+                "data.labels=null",
+                *HALF,
+            ]
         recipe = (RECIPES / f"{stage}.py", RECIPES / "tiny-choice" / f"{stage}.yaml")
         return self.make(run / "adapter", *recipe, *overrides, *common)
 

@@ -8,7 +8,7 @@ particular to it; the resolved recipe with every key is written into the run's f
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -64,17 +64,33 @@ class PromptData(Block):
     labels: str | None = None
 
     @model_validator(mode="after")
-    def _rules_to_choose_among(self) -> "PromptData":
+    def _rules_to_choose_among(self) -> Self:
+        self.check_rules()
+        return self
+
+    def check_rules(self) -> None:
+        """Make sure that there are rules to choose among where one is to be chosen (ValueError)."""
         if self.labels and not self.context:
             raise ValueError("labels need data.context, the rules to choose among")
-        return self
 
 
 class SFTData(PromptData):
-    """Files of the SFT stage; ``context`` and ``labels`` serve both."""
+    """Files of the SFT stage; ``context`` and ``labels`` serve both.
+
+    ``recall``: a stage before it, for a small model: no rules are shown, and the model learns to name from the question
+    alone the one that ``labels`` says is best.
+    """
 
     train: str
     dev: str
+    recall: bool = False
+
+    def check_rules(self) -> None:
+        """As above; ``recall`` shows none (ValueError)."""
+        if not self.recall:
+            super().check_rules()
+        elif self.context or not self.labels:
+            raise ValueError("recall needs data.labels, and no data.context: no rules are shown")
 
 
 class SFTTraining(Block):

@@ -341,7 +341,8 @@ def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
 def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions: Questions) -> Iterator[Finding]:
     from malpyeong.prompts import fit_contexts, prompt_length
 
-    records, contexts = questions.records, questions.contexts or [_NO_CONTEXT] * len(questions.records)
+    records, none = questions.records, Context(choose=questions.labels is not None)
+    contexts = questions.contexts or [none] * len(records)
     answers = questions.answer_lengths(tokenizer)
     room = [recipe.training.max_completion_length] * len(records) if isinstance(recipe, GRPORecipe) else answers
     limit = recipe.model.max_length

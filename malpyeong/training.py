@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.choice import NONE, Labels, load_labels, tag
+from malpyeong.choice import NONE, Labels, is_readable, load_labels, tag
 from malpyeong.config import GRPORecipe, PromptData, SFTRecipe
 from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError, printable
@@ -16,7 +16,6 @@ from malpyeong.memory import Backend
 from malpyeong.model import check_adapter, pick_dtype
 from malpyeong.prompts import (
     Message,
-    build_messages,
     completion_ids,
     context_messages,
     fit_contexts,
@@ -38,7 +37,8 @@ class Questions:
     Attributes:
         records: with gold answers.
         contexts: rules and examples of each record, where the recipe names some.
-        labels: of each record, where the model is to choose among the rules of its context.
+        labels: of each record, where the model is to choose among the rules of its context; or, without contexts,
+            to name the best rule of all and nothing more.
     """
 
     records: Sequence[Record]
@@ -46,7 +46,9 @@ class Questions:
     labels: Sequence[Labels] | None = None
 
     def answer_lengths(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-        """Return the tokens of each gold answer, with the longest tag that may stand before it."""
+        """Return the tokens of each gold answer, with the longest tag that may stand before it, or of a tag alone."""
+        if self.labels is not None and self.contexts is None:
+            return [len(completion_ids(tokenizer, tag(its.best_of_all or NONE))) - 1 for its in self.labels]
         lengths = [len(completion_ids(tokenizer, record.answer or "")) for record in self.records]
         if self.labels is not None and self.contexts is not None:
             names = {NONE, *(rule.id for context in self.contexts for rule in context.rules)}
@@ -67,12 +69,19 @@ def with_prompt_data(records: Sequence[Record], data: PromptData) -> Questions:
     Raises:
         InputError: a file is defective, or has nothing for one of the records.
     """
-    if data.context is None:
-        return Questions(records)
-    contexts = load_contexts(data.context, records, choose=data.labels is not None)
+    contexts = load_contexts(data.context, records, choose=data.labels is not None) if data.context else None
     if data.labels is None:
         return Questions(records, contexts)
     labels = load_labels(data.labels, records)
+    if contexts is None:
+        for record, its in zip(records, labels, strict=True):
+            if its.best_of_all and not is_readable(its.best_of_all):
+                name = printable(its.best_of_all, 40)
+                raise InputError(
+                    f'{data.labels}: id "{printable(record.id, 40)}": its rule "{name}" cannot be named in a tag; give '
+                    "it an id of at most 100 characters without brackets"
+                )
+        return Questions(records, labels=labels)
     for record, context, its in zip(records, contexts, labels, strict=True):
         untried = [rule.id for rule in context.rules if its.mined and rule.id not in its.gains]
         if untried:
@@ -111,7 +120,8 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_
     """Return ``input_ids`` and ``labels`` (-100 on the prompt: the loss is on the answer and its end) for each record.
 
     Rules and examples that do not fit are left out, and counted on the screen. Where the model chooses, its answer
-    begins with the tag of the rule that helps most.
+    begins with the tag of the rule that helps most; without contexts (``data.recall``) that tag, of all rules, is all
+    that is learnt.
 
     Raises:
         InputError: a record has more than ``max_length`` tokens.
@@ -120,12 +130,16 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_
 
     records, answers = questions.records, [record.answer or "" for record in questions.records]
     asked = _messages(tokenizer, questions, [max_length - length for length in questions.answer_lengths(tokenizer)])
-    if questions.labels is not None:
+    recall = questions.labels is not None and questions.contexts is None
+    if questions.labels is not None and recall:
+        answers = [tag(labels.best_of_all or NONE) for labels in questions.labels]
+    elif questions.labels is not None:
         named = [labels.best(shown.rules) for labels, (_, shown) in zip(questions.labels, asked, strict=True)]
         answers = [tag(name) + answer for name, answer in zip(named, answers, strict=True)]
     rows = []
     for (messages, _), answer in zip(asked, answers, strict=True):
         prompt, completion = prompt_ids(tokenizer, messages), completion_ids(tokenizer, answer)
+        completion = completion[:-1] if recall else completion  # the turn does not end with the tag
         rows.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
     check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
     return Dataset.from_list(rows)
@@ -286,7 +300,8 @@ def _messages(
     """Return each record's prompt and the context in it: as much as leaves at most ``limits`` tokens."""
     records, contexts = questions.records, questions.contexts
     if contexts is None:
-        return [(build_messages(record), Context()) for record in records]
+        context = Context(choose=questions.labels is not None)
+        return [(context_messages(record, context), context) for record in records]
     fitted = fit_contexts(tokenizer, records, contexts, limits)
     if line := left_out(contexts, fitted, "model.max_length"):
         click.echo(line)

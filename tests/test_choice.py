@@ -150,6 +150,28 @@ def test_datasets_name_the_right_rule_of_the_prompt_and_keep_room_for_its_tag():
         assert (f"{name}\n" in tokenizer.decode(row["input_ids"])) == (name != NONE)
 
 
+def test_recall_teaches_the_tag_of_the_labelled_rule_alone(tmp_path):
+    write_records(tmp_path / "train.json", TRAIN)
+    ids = {record.id: rule.id for record, rule in zip(TRAIN, RULES[1:], strict=False)}
+    (tmp_path / "labels.json").write_text(json.dumps(ids), "utf-8")
+    files = [f"data.train={tmp_path / 'train.json'}", f"data.labels={tmp_path / 'labels.json'}", "data.recall=true"]
+    data = load_recipe("recipes/tiny/sft.yaml", files, SFTRecipe).data
+    tokenizer, questions = load_tokenizer(str(TINY_BASE)), load_questions(data.train, data)
+    rows = sft_dataset(tokenizer, questions, 768)
+    for record, length, row in zip(TRAIN, questions.answer_lengths(tokenizer), rows, strict=True):
+        learnt = [token for token in row["labels"] if token != -100]
+        assert tokenizer.decode(learnt) == tag(ids[record.id])
+        assert length == len(learnt)
+        prompt = tokenizer.decode(row["input_ids"][: -len(learnt)])
+        assert choice.INSTRUCTION in prompt
+        assert choice.HEADING not in prompt.replace(choice.INSTRUCTION, "")
+        assert record.answer not in prompt
+
+    (tmp_path / "labels.json").write_text(json.dumps(dict.fromkeys(ids, "문장 부호 [마침표]")), "utf-8")
+    with pytest.raises(InputError, match=r'labels.json: id ".*": its rule "문장 부호 \[마침표\]" cannot be named'):
+        load_questions(data.train, data)
+
+
 def mined_row(record, **ratios):
     candidates = [
         {"rule": rule, "ppl": 2.0, "delta": 0.1, "improvement_ratio": ratio} for rule, ratio in ratios.items()
@@ -229,6 +251,11 @@ def test_recipes_need_rules_to_choose_among_and_labels_to_reward():
         load_recipe("recipes/tiny/sft.yaml", ["data.labels=labels.json"], SFTRecipe)
     with pytest.raises(InputError, match=r"data\.rewards\.choice: needs data\.labels"):
         load_recipe("recipes/tiny/grpo.yaml", ["data.rewards={choice: 1}"], GRPORecipe)
+    for wrong in (["data.recall=true"], ["data.recall=true", "data.labels=labels.json", "data.context=context.jsonl"]):
+        with pytest.raises(InputError, match=r"data: recall needs data\.labels, and no data\.context"):
+            load_recipe("recipes/tiny/sft.yaml", wrong, SFTRecipe)
+    with pytest.raises(InputError, match="recall"):
+        load_recipe("recipes/tiny/grpo.yaml", ["data.recall=true"], GRPORecipe)
     both = ["data.labels=labels.json", "data.context=context.jsonl", "data.rewards={choice: 1, exact_match: 1}"]
     assert load_recipe("recipes/tiny/grpo.yaml", both, GRPORecipe).data.rewards["choice"] == 1
 
