@@ -14,13 +14,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from malpyeong.errors import InputError
 from malpyeong.scoring.pairs import batches
 
-MAX_LOGITS = 2**25  # held at once, in float32: 128 MiB
+# Logits held at once. On a CPU they stay in its caches, and their memory is used again and again: beyond 32 MiB the
+# system takes it back each time, and zeroing its pages anew costs as much as computing what is written to them.
+MAX_LOGITS = {"cpu": 2**20, "cuda": 2**25}
 MAX_PADDED = 2**12  # tokens of a batch in answer_perplexities, without what its prompts share
 
 
@@ -119,19 +121,36 @@ def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> li
     ).last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(places, device=hidden.device)]
     targets = torch.tensor([token for row in rows for token in row.answer], device=hidden.device)
-    head = lm.get_output_embeddings()
-    step = max(1, MAX_LOGITS // lm.config.get_text_config().vocab_size)
-    losses = torch.cat(
-        [
-            cross_entropy(head(some).float(), some_targets, reduction="none")
-            for some, some_targets in zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
-        ]
-    )
+    losses = _losses(lm.get_output_embeddings(), hidden, targets)
     means = [part.double().mean() for part in torch.split(losses.cpu(), [len(row.answer) for row in rows])]
     found = [math.exp(float(mean)) for mean in means]
     if not all(map(math.isfinite, found)):
         raise InputError("the model's perplexity is not a number; set model.dtype=bfloat16 or float32")
     return found
+
+
+def _losses(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 -- a module
+    """Return -log p of each target, of shape [positions], from hidden states of shape [positions, hidden].
+
+    The vocabulary is gone through in pieces, with a running maximum and sum of exponentials (as in the online softmax
+    of Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), so that logits of the whole never exist.
+    """
+    limit = MAX_LOGITS.get(hidden.device.type, MAX_LOGITS["cpu"])
+    if type(head) is not torch.nn.Linear:  # LoRA or quantised: its weights are not simply there
+        step = max(1, limit // head(hidden[:1]).shape[-1])
+        pieces = zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
+        return torch.cat([cross_entropy(head(some).float(), its, reduction="none") for some, its in pieces])
+    step = max(1, limit // len(hidden))
+    highest = torch.full((len(hidden),), -math.inf, device=hidden.device)
+    total, target = torch.zeros_like(highest), torch.zeros_like(highest)
+    for start in range(0, head.out_features, step):
+        piece = slice(start, start + step)
+        logits = linear(hidden, head.weight[piece], None if head.bias is None else head.bias[piece]).float()
+        here = (targets >= start) & (targets < start + step)
+        target[here] = logits[here, targets[here] - start]
+        known, highest = highest, torch.maximum(highest, logits.amax(-1))
+        total = total * (known - highest).exp() + logits.sub_(highest[:, None]).exp_().sum(-1)
+    return highest + total.log() - target
 
 
 def answer_perplexities(

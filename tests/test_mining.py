@@ -92,11 +92,24 @@ def test_perplexity_is_the_mean_over_the_answer_alone():
     assert perplexity(model, prompt, answer) == pytest.approx(likelihood ** (-1 / 4), rel=1e-4)
 
 
-def test_logits_are_computed_in_pieces(monkeypatch):
-    model, head = llama(), random_ids(10, 3)
-    whole = perplexities(model, shared_prefix(model, head), ROWS, pad=0)
-    monkeypatch.setattr("malpyeong.perplexity.MAX_LOGITS", 500)
-    assert perplexities(model, shared_prefix(model, head), ROWS, pad=0) == pytest.approx(whole, rel=1e-5)
+def llama_with_lora_head():
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    return model.eval()
+
+
+def llama_with_biased_head():
+    model = llama()
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    return model
+
+
+@pytest.mark.parametrize("limit", [1, 130, 500, 10_000])
+@pytest.mark.parametrize("make", [llama, llama_with_lora_head, llama_with_biased_head])
+def test_logits_are_computed_in_pieces(monkeypatch, make, limit):
+    model, head = make(), random_ids(10, 3)
+    monkeypatch.setattr("malpyeong.perplexity.MAX_LOGITS", {"cpu": limit})
+    found = perplexities(model, shared_prefix(model, head), ROWS, pad=0)
+    assert found == pytest.approx([perplexity(model, head + row.prompt_end, row.answer) for row in ROWS], rel=1e-4)
 
 
 @pytest.mark.parametrize("row", [Row([], [1]), Row([1], [])])

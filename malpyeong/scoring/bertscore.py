@@ -84,10 +84,7 @@ class BERTScore(PairScorer):
         for start in range(0, len(filled), _CHUNK):
             chunk = filled[start : start + _CHUNK]
             references = self._embed_references({pairs[index][1] for index in chunk})
-            # A token covers a character or more, so characters bound what a batch holds.
-            lengths = [
-                min(max(len(pairs[index][0]) + 2, len(references[pairs[index][1]][1])), MAX_TOKENS) for index in chunk
-            ]
+            lengths = [max(self._tokens(pairs[index][0]), len(references[pairs[index][1]][1])) for index in chunk]
             for batch in batches(lengths, self._max_padded):
                 rows = [chunk[place] for place in batch]
                 candidates = self._embed([pairs[row][0] for row in rows])
@@ -100,11 +97,14 @@ class BERTScore(PairScorer):
     def _embed_references(self, texts: set[str]) -> dict[str, tuple["torch.Tensor", "torch.Tensor"]]:
         found = {text: self._references[text] for text in sorted(texts) if text in self._references}
         new = sorted(texts - found.keys())
-        for batch in batches([min(len(text) + 2, MAX_TOKENS) for text in new], self._max_padded):
+        for batch in batches([self._tokens(text) for text in new], self._max_padded):
             chosen = [new[index] for index in batch]
             found.update(zip(chosen, self._embed(chosen), strict=True))
         self._references.update(found)
         return found
+
+    def _tokens(self, text: str) -> int:
+        return len(_encode(self._tokenizer, text))
 
     def _embed(self, texts: Sequence[str]) -> list[tuple["torch.Tensor", "torch.Tensor"]]:
         """Return (embeddings, weights) of each text, of shapes (tokens, hidden) and (tokens,), without padding."""
