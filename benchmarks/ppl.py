@@ -138,7 +138,7 @@ def measure(
 @click.option("--rules", default=40, show_default=True)
 @click.option("--sample", default=40, show_default=True, help="Questions of each rule that the loop scores (tiny).")
 @click.option("--qwen3-sample", default=1, show_default=True, help="The same for qwen3; 0 leaves it out.")
-@click.option("--batch-tokens", default=2048, show_default=True)
+@click.option("--batch-tokens", default=4096, show_default=True)
 @click.option("--repeats", default=3, show_default=True, help="Times that each is measured (qwen3: once).")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file to write the figures to.")
 def main(
