@@ -33,7 +33,7 @@ def main(model: str, adapter: str, questions: int) -> None:
     for split in ("train", "explore"):
         few, all_ = [], []
         for record in random.Random(0).sample(load_records(DATA / f"{split}.json", answers="gold"), questions):
-            prompt = torch.tensor([prompt_ids(tokenizer, build_messages(record))])
+            prompt = torch.tensor([prompt_ids(tokenizer, build_messages(record))], device=loaded.device)
             with torch.inference_mode():
                 sampled = loaded.generate(
                     input_ids=prompt,

@@ -77,8 +77,8 @@ class PromptData(Block):
 class SFTData(PromptData):
     """Files of the SFT stage; ``context`` and ``labels`` serve both.
 
-    ``recall``: a stage before it, for a small model: no rules are shown, and the model learns to name from the question
-    alone the one that ``labels`` says is best.
+    ``recall: true`` is a stage before the usual SFT, for a small model that is to choose among rules: none are shown,
+    and it learns to name, from the question alone, the one that ``labels`` says is best.
     """
 
     train: str
@@ -86,11 +86,11 @@ class SFTData(PromptData):
     recall: bool = False
 
     def check_rules(self) -> None:
-        """As above; ``recall`` shows none (ValueError)."""
+        """With ``recall``: make sure that there are labels and no context; else as without (ValueError)."""
         if not self.recall:
             super().check_rules()
         elif self.context or not self.labels:
-            raise ValueError("recall needs data.labels, and no data.context: no rules are shown")
+            raise ValueError("recall needs data.labels, and shows no rules: set data.context=null")
 
 
 class SFTTraining(Block):

@@ -8,7 +8,7 @@ error is found, 2 where the recipe or the data cannot be read.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import yaml
 
-from malpyeong.choice import Labels
 from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
 from malpyeong.context import Context
 from malpyeong.environment import prepare_environment, version_problems
@@ -24,7 +23,14 @@ from malpyeong.errors import InputError
 from malpyeong.gpus import USABLE_GIB, nearest
 from malpyeong.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
 from malpyeong.records import Record, load_records
-from malpyeong.training import Questions, check_lengths, labelled_share, load_questions, with_prompt_data
+from malpyeong.training import (
+    Questions,
+    check_lengths,
+    labelled_share,
+    load_questions,
+    recalled_share,
+    with_prompt_data,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +118,8 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
         questions = with_prompt_data(records, recipe.data)
     except InputError as error:
         yield Finding("error", error.message)
-    yield from examine_tokenizer(tokenizer, records, questions.contexts[0] if questions.contexts else _NO_CONTEXT)
+    first = questions.contexts[0] if questions.contexts else Context(choose=questions.to_recall is not None)
+    yield from examine_tokenizer(tokenizer, records, first)
     yield from _lengths(recipe, tokenizer, questions)
 
 
@@ -341,7 +348,7 @@ def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
 def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions: Questions) -> Iterator[Finding]:
     from malpyeong.prompts import fit_contexts, prompt_length
 
-    records, none = questions.records, Context(choose=questions.labels is not None)
+    records, none = questions.records, Context(choose=questions.to_recall is not None)
     contexts = questions.contexts or [none] * len(records)
     answers = questions.answer_lengths(tokenizer)
     room = [recipe.training.max_completion_length] * len(records) if isinstance(recipe, GRPORecipe) else answers
@@ -354,9 +361,12 @@ def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions:
         yield Finding("error", error.message)
     longest = max(answers)
     text = f"longest prompt {max(prompts)} tokens, longest answer {longest}; model.max_length is {limit}"
+    if questions.to_recall is not None:
+        yield from _share(recalled_share, questions.to_recall)
     if any(contexts):
         yield from _context(contexts, fitted, limit)
-        yield from _labels(questions.labels, fitted)
+        if questions.labels is not None:
+            yield from _share(labelled_share, questions.labels, fitted)
         alone = max(prompt_length(tokenizer, record, _NO_CONTEXT) for record in records)
         text = f"longest question alone {alone} tokens, {text}"
     if isinstance(recipe, GRPORecipe) and longest > recipe.training.max_completion_length:
@@ -383,14 +393,11 @@ def _context(contexts: Sequence[Context], fitted: Sequence[Context], limit: int)
         yield Finding("ok", f"{found}; {dropped or 'all of them fit'}")
 
 
-def _labels(labels: Sequence[Labels] | None, fitted: Sequence[Context]) -> Iterator[Finding]:
-    if labels is not None:
-        try:
-            line = labelled_share(labels, fitted)
-        except InputError as error:
-            yield Finding("error", error.message)
-        else:
-            yield Finding("ok", line)
+def _share(share: Callable[..., str], *questions: Sequence[object]) -> Iterator[Finding]:
+    try:
+        yield Finding("ok", share(*questions))
+    except InputError as error:
+        yield Finding("error", error.message)
 
 
 def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Iterator[Finding]:

@@ -133,15 +133,16 @@ def _losses(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     """Return -log p of each target, of shape [positions], from hidden states of shape [positions, hidden].
 
     The vocabulary is gone through in pieces, with a running maximum and sum of exponentials (as in the online softmax
-    of Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), so that logits of the whole never exist.
+    of Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), so that logits of the whole never exist. A head
+    that is no plain linear layer takes pieces of the positions instead.
     """
-    limit = MAX_LOGITS.get(hidden.device.type, MAX_LOGITS["cpu"])
     if type(head) is not torch.nn.Linear:  # LoRA or quantised: its weights are not simply there
-        step = max(1, limit // head(hidden[:1]).shape[-1])
+        step = max(1, MAX_LOGITS["cuda"] // head(hidden[:1]).shape[-1])  # few pieces: each reads all its weights
         pieces = zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
         return torch.cat([cross_entropy(head(some).float(), its, reduction="none") for some, its in pieces])
-    step = max(1, limit // len(hidden))
-    highest = torch.full((len(hidden),), -math.inf, device=hidden.device)
+    step = max(1, MAX_LOGITS.get(hidden.device.type, MAX_LOGITS["cpu"]) // len(hidden))
+    # The lowest number, not -inf: a piece may be masked as a whole, and the difference of two -inf is no number.
+    highest = torch.full((len(hidden),), torch.finfo(torch.float32).min, device=hidden.device)
     total, target = torch.zeros_like(highest), torch.zeros_like(highest)
     for start in range(0, head.out_features, step):
         piece = slice(start, start + step)

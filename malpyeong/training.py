@@ -45,10 +45,15 @@ class Questions:
     contexts: Sequence[Context] | None = None
     labels: Sequence[Labels] | None = None
 
+    @property
+    def to_recall(self) -> Sequence[Labels] | None:
+        """The labels, where the model is to name a rule without seeing any (``data.recall``)."""
+        return self.labels if self.contexts is None else None
+
     def answer_lengths(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Return the tokens of each gold answer, with the longest tag that may stand before it, or of a tag alone."""
-        if self.labels is not None and self.contexts is None:
-            return [len(completion_ids(tokenizer, tag(its.best_of_all or NONE))) - 1 for its in self.labels]
+        if self.to_recall is not None:
+            return [len(completion_ids(tokenizer, tag(its.best_of_all or NONE))) - 1 for its in self.to_recall]
         lengths = [len(completion_ids(tokenizer, record.answer or "")) for record in self.records]
         if self.labels is not None and self.contexts is not None:
             names = {NONE, *(rule.id for context in self.contexts for rule in context.rules)}
@@ -130,16 +135,16 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_
 
     records, answers = questions.records, [record.answer or "" for record in questions.records]
     asked = _messages(tokenizer, questions, [max_length - length for length in questions.answer_lengths(tokenizer)])
-    recall = questions.labels is not None and questions.contexts is None
-    if questions.labels is not None and recall:
-        answers = [tag(labels.best_of_all or NONE) for labels in questions.labels]
+    if questions.to_recall is not None:
+        answers = [tag(labels.best_of_all or NONE) for labels in questions.to_recall]
     elif questions.labels is not None:
         named = [labels.best(shown.rules) for labels, (_, shown) in zip(questions.labels, asked, strict=True)]
         answers = [tag(name) + answer for name, answer in zip(named, answers, strict=True)]
     rows = []
     for (messages, _), answer in zip(asked, answers, strict=True):
         prompt, completion = prompt_ids(tokenizer, messages), completion_ids(tokenizer, answer)
-        completion = completion[:-1] if recall else completion  # the turn does not end with the tag
+        if questions.to_recall is not None:
+            completion = completion[:-1]  # the turn does not end with the tag
         rows.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
     check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
     return Dataset.from_list(rows)
@@ -300,7 +305,9 @@ def _messages(
     """Return each record's prompt and the context in it: as much as leaves at most ``limits`` tokens."""
     records, contexts = questions.records, questions.contexts
     if contexts is None:
-        context = Context(choose=questions.labels is not None)
+        context = Context(choose=questions.to_recall is not None)
+        if questions.to_recall is not None:
+            click.echo(recalled_share(questions.to_recall))
         return [(context_messages(record, context), context) for record in records]
     fitted = fit_contexts(tokenizer, records, contexts, limits)
     if line := left_out(contexts, fitted, "model.max_length"):
@@ -323,6 +330,18 @@ def labelled_share(labels: Sequence[Labels], shown: Sequence[Context]) -> str:
             "data.context from the same rule book"
         )
     return f"a rule that helps is among the candidates of {helped} of {len(labels)} questions"
+
+
+def recalled_share(labels: Sequence[Labels]) -> str:
+    """Return one line that says how many questions have a rule to recall, and how many rules these are.
+
+    Raises:
+        InputError: none has.
+    """
+    best = [one.best_of_all for one in labels if one.best_of_all]
+    if not best:
+        raise InputError("data.labels: no rule helps with any question: none to recall; see docs/mining.md")
+    return f"{len(best)} of {len(labels)} questions have a rule to recall, one of {len(set(best))}"
 
 
 def check_lengths(records: Sequence[Record], lengths: Sequence[int], limit: int) -> None:

@@ -12,6 +12,7 @@ from malpyeong import choice, rewards
 from malpyeong.choice import NONE, Labels, best_choice, choice_reward, load_labels, shuffled, split_choice, tag
 from malpyeong.config import GRPORecipe, PromptData, SFTRecipe, load_recipe
 from malpyeong.context import Context, load_contexts, write_contexts
+from malpyeong.doctor import examine
 from malpyeong.errors import InputError
 from malpyeong.model import load_tokenizer
 from malpyeong.predict import main as predict_command
@@ -172,6 +173,29 @@ def test_recall_teaches_the_tag_of_the_labelled_rule_alone(tmp_path):
         load_questions(data.train, data)
 
 
+def test_recall_says_how_many_questions_have_a_rule_and_stops_where_none_has(tmp_path, capsys):
+    write_records(tmp_path / "train.json", TRAIN)
+    files = [f"data.{split}={tmp_path / 'train.json'}" for split in ("train", "dev")]
+    files += [f"data.labels={tmp_path / 'mined.jsonl'}", "data.recall=true"]
+    recipe = load_recipe("recipes/tiny/sft.yaml", files, SFTRecipe)
+    tokenizer = load_tokenizer(str(TINY_BASE))
+
+    write_lines(tmp_path / "mined.jsonl", [mined_row(TRAIN[0], a=0.2, b=0.5), *map(mined_row, TRAIN[1:])])
+    rows = sft_dataset(tokenizer, load_questions(recipe.data.train, recipe.data), 768)
+    learnt = [tokenizer.decode([token for token in row["labels"] if token != -100]) for row in rows]
+    assert learnt == [tag("b"), *[tag(NONE)] * (len(TRAIN) - 1)]
+    line = f"1 of {len(TRAIN)} questions have a rule to recall, one of 1"
+    assert line in capsys.readouterr().out
+    assert f"2 of {2 * len(TRAIN)} questions have a rule to recall, one of 1" in [
+        finding.text for finding in examine(recipe, "hf")
+    ]
+
+    write_lines(tmp_path / "mined.jsonl", map(mined_row, TRAIN))
+    with pytest.raises(InputError, match="no rule helps with any question"):
+        sft_dataset(tokenizer, load_questions(recipe.data.train, recipe.data), 768)
+    assert any("none to recall" in finding.text for finding in examine(recipe, "hf") if finding.level == "error")
+
+
 def mined_row(record, **ratios):
     candidates = [
         {"rule": rule, "ppl": 2.0, "delta": 0.1, "improvement_ratio": ratio} for rule, ratio in ratios.items()
@@ -252,7 +276,7 @@ def test_recipes_need_rules_to_choose_among_and_labels_to_reward():
     with pytest.raises(InputError, match=r"data\.rewards\.choice: needs data\.labels"):
         load_recipe("recipes/tiny/grpo.yaml", ["data.rewards={choice: 1}"], GRPORecipe)
     for wrong in (["data.recall=true"], ["data.recall=true", "data.labels=labels.json", "data.context=context.jsonl"]):
-        with pytest.raises(InputError, match=r"data: recall needs data\.labels, and no data\.context"):
+        with pytest.raises(InputError, match=r"data: recall needs data\.labels, .* set data\.context=null"):
             load_recipe("recipes/tiny/sft.yaml", wrong, SFTRecipe)
     with pytest.raises(InputError, match="recall"):
         load_recipe("recipes/tiny/grpo.yaml", ["data.recall=true"], GRPORecipe)

@@ -103,12 +103,33 @@ def llama_with_biased_head():
     return model
 
 
+def llama_without_most_words():
+    model = llama_with_biased_head()
+    answered = [token for row in ROWS for token in row.answer]
+    kept = model.lm_head.bias.detach()[answered]
+    torch.nn.init.constant_(model.lm_head.bias, -math.inf)
+    model.lm_head.bias.data[answered] = kept
+    return model
+
+
 @pytest.mark.parametrize("limit", [1, 130, 500, 10_000])
-@pytest.mark.parametrize("make", [llama, llama_with_lora_head, llama_with_biased_head])
+@pytest.mark.parametrize("make", [llama, llama_with_lora_head, llama_with_biased_head, llama_without_most_words])
 def test_logits_are_computed_in_pieces(monkeypatch, make, limit):
     model, head = make(), random_ids(10, 3)
-    monkeypatch.setattr("malpyeong.perplexity.MAX_LOGITS", {"cpu": limit})
-    found = perplexities(model, shared_prefix(model, head), ROWS, pad=0)
+    positions, vocabulary = sum(len(row.answer) for row in ROWS), model.config.vocab_size
+    sizes = []
+
+    def linear(*given):
+        made = torch.nn.functional.linear(*given)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr("malpyeong.perplexity.MAX_LOGITS", {"cpu": limit, "cuda": limit})
+    monkeypatch.setattr("malpyeong.perplexity.linear", linear)
+    with model.get_output_embeddings().register_forward_hook(lambda _, __, made: sizes.append(made.numel())):
+        found = perplexities(model, shared_prefix(model, head), ROWS, pad=0)
+    assert max(sizes) <= max(limit, vocabulary if make is llama_with_lora_head else positions)
+    assert sum(sizes) in (positions * vocabulary, (positions + 1) * vocabulary)
     assert found == pytest.approx([perplexity(model, head + row.prompt_end, row.answer) for row in ROWS], rel=1e-4)
 
 
