@@ -118,8 +118,7 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
         questions = with_prompt_data(records, recipe.data)
     except InputError as error:
         yield Finding("error", error.message)
-    first = questions.contexts[0] if questions.contexts else Context(choose=questions.to_recall is not None)
-    yield from examine_tokenizer(tokenizer, records, first)
+    yield from examine_tokenizer(tokenizer, records, questions.asked_with[0])
     yield from _lengths(recipe, tokenizer, questions)
 
 
@@ -348,8 +347,7 @@ def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
 def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions: Questions) -> Iterator[Finding]:
     from malpyeong.prompts import fit_contexts, prompt_length
 
-    records, none = questions.records, Context(choose=questions.to_recall is not None)
-    contexts = questions.contexts or [none] * len(records)
+    records, contexts = questions.records, questions.asked_with
     answers = questions.answer_lengths(tokenizer)
     room = [recipe.training.max_completion_length] * len(records) if isinstance(recipe, GRPORecipe) else answers
     limit = recipe.model.max_length

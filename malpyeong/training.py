@@ -50,6 +50,11 @@ class Questions:
         """The labels, where the model is to name a rule without seeing any (``data.recall``)."""
         return self.labels if self.contexts is None else None
 
+    @property
+    def asked_with(self) -> Sequence[Context]:
+        """What belongs to each record's prompt: its context, or none at all."""
+        return self.contexts or [Context(choose=self.to_recall is not None)] * len(self.records)
+
     def answer_lengths(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Return the tokens of each gold answer, with the longest tag that may stand before it, or of a tag alone."""
         if self.to_recall is not None:
@@ -303,16 +308,14 @@ def _messages(
     tokenizer: "PreTrainedTokenizerBase", questions: Questions, limits: Sequence[int]
 ) -> list[tuple[list[Message], Context]]:
     """Return each record's prompt and the context in it: as much as leaves at most ``limits`` tokens."""
-    records, contexts = questions.records, questions.contexts
-    if contexts is None:
-        context = Context(choose=questions.to_recall is not None)
-        if questions.to_recall is not None:
-            click.echo(recalled_share(questions.to_recall))
-        return [(context_messages(record, context), context) for record in records]
-    fitted = fit_contexts(tokenizer, records, contexts, limits)
-    if line := left_out(contexts, fitted, "model.max_length"):
-        click.echo(line)
-    if questions.labels is not None:
+    records, fitted = questions.records, questions.asked_with
+    if questions.contexts is not None:
+        fitted = fit_contexts(tokenizer, records, questions.contexts, limits)
+        if line := left_out(questions.contexts, fitted, "model.max_length"):
+            click.echo(line)
+    if questions.to_recall is not None:
+        click.echo(recalled_share(questions.to_recall))
+    elif questions.labels is not None:
         click.echo(labelled_share(questions.labels, fitted))
     return [(context_messages(record, context), context) for record, context in zip(records, fitted, strict=True)]
 
