@@ -36,13 +36,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from malpyeong.mining import NO_RULE, make_plan
-from malpyeong.model import load_for_prediction, load_tokenizer
-from malpyeong.perplexity import perplexities, shared_prefix
-from malpyeong.prompts import build_messages, completion_ids, prompt_ids
-from malpyeong.records import Record, load_records
+from malpyeong.contest.records import Record, load_records
+from malpyeong.models.load import load_for_prediction, load_tokenizer
+from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
 from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training.mining import NO_RULE, make_plan
+from malpyeong.training.perplexity import perplexities, shared_prefix
 
 TOLERANCE = 1e-3
 MAX_LENGTH = 4096

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import yaml
 
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
-from malpyeong.context import Context
-from malpyeong.environment import prepare_environment, version_problems
+from malpyeong.config.gpu import USABLE_GIB, nearest
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
-from malpyeong.gpus import USABLE_GIB, nearest
-from malpyeong.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
-from malpyeong.records import Record, load_records
-from malpyeong.training import (
+from malpyeong.models.environment import prepare_environment, version_problems
+from malpyeong.models.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
+from malpyeong.prompts.context import Context
+from malpyeong.training.data import (
     Questions,
     check_lengths,
     labelled_share,
@@ -91,7 +91,7 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     Raises:
         InputError: a data file cannot be read.
     """
-    from malpyeong.model import check_vllm, load_tokenizer
+    from malpyeong.models.load import check_vllm, load_tokenizer
 
     yield from _versions()
     yield from _card(recipe)
@@ -232,8 +232,8 @@ def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
 
 
 def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
-    from malpyeong.rewards import NEEDS
-    from malpyeong.scoring.pairs import model_file
+    from malpyeong.metrics.pairs import model_file
+    from malpyeong.training.rewards import NEEDS
 
     for name in sorted({model for reward in recipe.data.rewards for model in NEEDS.get(reward, ())}):
         model = getattr(recipe.data.scorers, name)
@@ -252,11 +252,11 @@ def examine_tokenizer(
     """Yield whether prompts and answers become tokens, and text again, as training and the contest need it.
 
     Args:
-        tokenizer: from :func:`malpyeong.model.load_tokenizer`.
+        tokenizer: from :func:`malpyeong.models.load.load_tokenizer`.
         records: with answers; the first hundred are tried.
         context: of the first record, whose prompt is looked at.
     """
-    from malpyeong.prompts import TEMPLATE_OPTIONS, completion_ids, context_messages
+    from malpyeong.prompts.messages import TEMPLATE_OPTIONS, completion_ids, context_messages
 
     record = records[0]
     messages: Any = context_messages(record, context)
@@ -345,7 +345,7 @@ def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
 
 
 def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions: Questions) -> Iterator[Finding]:
-    from malpyeong.prompts import fit_contexts, prompt_length
+    from malpyeong.prompts.messages import fit_contexts, prompt_length
 
     records, contexts = questions.records, questions.asked_with
     answers = questions.answer_lengths(tokenizer)
@@ -378,7 +378,7 @@ def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions:
 
 
 def _context(contexts: Sequence[Context], fitted: Sequence[Context], limit: int) -> Iterator[Finding]:
-    from malpyeong.prompts import left_out
+    from malpyeong.prompts.messages import left_out
 
     rules, examples = (sum(len(getattr(one, kind)) for one in contexts) for kind in ("rules", "examples"))
     found = f"prompts with {rules} rules and {examples} solved examples for {len(contexts)} questions"
@@ -406,9 +406,9 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     """
     import torch
 
-    from malpyeong.model import load_for_training
-    from malpyeong.prompts import context_messages, fit_contexts, prompt_ids
-    from malpyeong.rewards import RewardRun, load_models
+    from malpyeong.models.load import load_for_training
+    from malpyeong.prompts.messages import context_messages, fit_contexts, prompt_ids
+    from malpyeong.training.rewards import RewardRun, load_models
 
     training, weights = recipe.training, recipe.data.rewards
     questions = load_questions(recipe.data.train, recipe.data)
@@ -482,7 +482,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], quick: bool) -> None:
         recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     else:
         recipe = load_recipe(recipe_file, overrides, SFTRecipe)
-    from malpyeong.model import check_adapter, choose_backend
+    from malpyeong.models.load import check_adapter, choose_backend
 
     backend = choose_backend(recipe.model)
     if backend == "unsloth":

@@ -5,7 +5,7 @@
 
 What it does:
 - Computes PPL(a|q) and, for every rule or those that a retriever proposes, PPL(a|c,q); writes the ``top_k`` rules by
-  delta, and the PPL of each option of a choice question (``malpyeong/mining.py`` has the formulas).
+  delta, and the PPL of each option of a choice question (``malpyeong/training/mining.py`` has the formulas).
 - A rule's part of the prompt is computed once for all questions; ``--estimate`` says how many tokens are left.
 - ``--resume auto`` goes on from the last batch before a kill to the same file.
 
@@ -20,13 +20,13 @@ from pathlib import Path
 
 import click
 
-from malpyeong.config import MiningRecipe, load_recipe
+from malpyeong.config.recipe import MiningRecipe, load_recipe
+from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile, check_writable, write_text
-from malpyeong.model import check_adapter, load_for_prediction, load_tokenizer
-from malpyeong.records import Record, load_records
+from malpyeong.models.load import check_adapter, load_for_prediction, load_tokenizer
 from malpyeong.rules import load_rule_book
-from malpyeong.runs import check_run, start_run
+from malpyeong.training.run import check_run, start_run
 
 
 @click.command()
@@ -41,7 +41,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     import torch
     from tqdm import tqdm
 
-    from malpyeong.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
+    from malpyeong.training.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
 
     records: dict[str, Record] = {}
     for path in data.questions:

@@ -23,7 +23,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from malpyeong.answer import INSTRUCTION
+from malpyeong.contest.answer import INSTRUCTION
 from malpyeong.files import digest, new_folder
 from malpyeong.samples.bank import Item, draw_words, fill, load_rules
 from malpyeong.samples.build import CHOOSE, CORRECT, build_splits, conclusion, split_frames

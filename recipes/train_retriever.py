@@ -9,7 +9,7 @@ It is the baseline that BM25, PPL-mined candidates and a model that chooses its 
 - Loss: InfoNCE over a batch (sentence-transformers' MultipleNegativesRankingLoss): a question's rule against the other
   questions' rules and its own hard negatives. No batch holds a rule twice, which would be its own negative.
 - Hard negatives: the rules other than the labelled one that BM25 ranks first.
-- Labels: record id → rule id, as the sample data has them, or mined ones (``malpyeong.choice``).
+- Labels: record id → rule id, as the sample data has them, or mined ones (``malpyeong.prompts.rule_choice``).
 - Questions and rules are rendered as in ``malpyeong.retrieval.neural``; one that does not fit ``model.max_length`` is
   an error, never cut. With ``model.lora`` an adapter is trained and merged into the saved model.
 - ``--resume auto`` goes on from the last complete checkpoint.
@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from malpyeong.choice import load_labels
-from malpyeong.config import RetrieverRecipe, load_recipe
+from malpyeong.config.recipe import RetrieverRecipe, load_recipe
+from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.files import new_folder
-from malpyeong.records import Record, load_records
+from malpyeong.prompts.rule_choice import load_labels
 from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.evaluate import check_labels
 from malpyeong.retrieval.neural import load_encoder, query_text
 from malpyeong.retrieval.question import read_question
 from malpyeong.retrieval.search import Retriever, rule_documents
 from malpyeong.rules import Rule, load_rule_book
-from malpyeong.runs import adapter_digest, assert_arguments, check_run, start_run
+from malpyeong.training.run import adapter_digest, assert_arguments, check_run, start_run
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -107,8 +107,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from transformers import set_seed
 
-    from malpyeong.guards import Guards, explain_out_of_memory
-    from malpyeong.training import precision, show_progress
+    from malpyeong.training.callbacks import Guards, explain_out_of_memory
+    from malpyeong.training.data import precision, show_progress
 
     set_seed(training.seed)
     model = load_encoder(model_block.name, model_block.dtype, model_block.max_length)
@@ -144,7 +144,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "save_steps": training.save_steps,
         "save_total_limit": 1,
         "logging_steps": training.logging_steps,
-        "logging_nan_inf_filter": False,  # malpyeong.guards looks for them
+        "logging_nan_inf_filter": False,  # malpyeong.training.callbacks looks for them
         "report_to": [],
         **precision(model_block.dtype),
     }

@@ -8,19 +8,29 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malpyeong import choice, rewards
-from malpyeong.choice import NONE, Labels, best_choice, choice_reward, load_labels, shuffled, split_choice, tag
-from malpyeong.config import GRPORecipe, PromptData, SFTRecipe, load_recipe
-from malpyeong.context import Context, load_contexts, write_contexts
+from malpyeong.config.recipe import GRPORecipe, PromptData, SFTRecipe, load_recipe
+from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.doctor import examine
 from malpyeong.errors import InputError
-from malpyeong.model import load_tokenizer
+from malpyeong.models.load import load_tokenizer
 from malpyeong.predict import main as predict_command
-from malpyeong.prompts import build_messages, fit_contexts, prompt_length
-from malpyeong.records import Record, load_records, write_records
+from malpyeong.prompts import rule_choice as choice
+from malpyeong.prompts.context import Context, load_contexts, write_contexts
+from malpyeong.prompts.messages import build_messages, fit_contexts, prompt_length
+from malpyeong.prompts.rule_choice import (
+    NONE,
+    Labels,
+    best_choice,
+    choice_reward,
+    load_labels,
+    shuffled,
+    split_choice,
+    tag,
+)
 from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import Questions, grpo_dataset, load_questions, sft_dataset
+from malpyeong.training import rewards
+from malpyeong.training.data import Questions, grpo_dataset, load_questions, sft_dataset
 
 RULES = tuple(load_rule_book(DATA / "rules.json"))
 TRAIN = load_records(DATA / "train.json", answers="gold")[:12]

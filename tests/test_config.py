@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from malpyeong.config import GRPORecipe, MiningRecipe, RetrieverRecipe, SFTRecipe, load_recipe
+from malpyeong.config.gpu import nearest
+from malpyeong.config.recipe import GRPORecipe, MiningRecipe, RetrieverRecipe, SFTRecipe, load_recipe
 from malpyeong.errors import InputError
-from malpyeong.gpus import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 STAGES = {"sft": SFTRecipe, "grpo": GRPORecipe}

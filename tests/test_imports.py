@@ -3,7 +3,9 @@
 import pytest
 
 
-@pytest.mark.parametrize("code", ["import malpyeong", "import malpyeong.answer, malpyeong.records, malpyeong.scoring"])
+@pytest.mark.parametrize(
+    "code", ["import malpyeong", "import malpyeong.contest.answer, malpyeong.contest.records, malpyeong.metrics"]
+)
 def test_import_loads_no_torch(code, run_module):
     result = run_module("-c", f"{code}; import sys; print('torch' in sys.modules, 'transformers' in sys.modules)")
     assert result.stdout.split() == ["False", "False"], result.stderr

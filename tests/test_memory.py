@@ -8,14 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
-from malpyeong.gpus import USABLE_GIB
-from malpyeong.memory import SHAPES, ModelShape, estimate, estimate_recipe, next_lever
-from malpyeong.model import load_for_training, load_tokenizer
-from malpyeong.prompts import prompt_ids
-from malpyeong.records import load_records
+from malpyeong.config.gpu import USABLE_GIB
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.contest.records import load_records
+from malpyeong.models.load import load_for_training, load_tokenizer
+from malpyeong.models.memory import SHAPES, ModelShape, estimate, estimate_recipe, next_lever
+from malpyeong.prompts.messages import prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import Questions, grpo_dataset, keep_adapter_in_float32, sft_dataset
+from malpyeong.training.data import Questions, grpo_dataset, keep_adapter_in_float32, sft_dataset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TOLERANCE = 0.15  # of the measured peak

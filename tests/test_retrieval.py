@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malpyeong.answer import contest_split
-from malpyeong.context import Context, load_contexts
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.errors import InputError
-from malpyeong.model import load_tokenizer
-from malpyeong.prompts import build_messages, fit_contexts, left_out, prompt_ids, prompt_length
-from malpyeong.records import Record, load_records, write_records
+from malpyeong.metrics.rouge import rouge_1
+from malpyeong.models.load import load_tokenizer
+from malpyeong.prompts.context import Context, load_contexts
+from malpyeong.prompts.messages import build_messages, fit_contexts, left_out, prompt_ids, prompt_length
 from malpyeong.retrieval.bm25 import BM25, terms
 from malpyeong.retrieval.evaluate import evaluate_examples, evaluate_rules, methods, rank_measures, rouge_matrix
 from malpyeong.retrieval.question import changed_words, read_question, readings
 from malpyeong.retrieval.search import Document, Retriever, example_documents, rule_documents
 from malpyeong.rules import Rule, load_rule_book, write_rule_book
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.scoring.rouge import rouge_1
 
 TRAIN = load_records(DATA / "train.json", answers="gold")
 RULES = load_rule_book(DATA / "rules.json")
@@ -491,7 +491,7 @@ def test_evaluate_with_models(folder, embedder, cross_encoder):
 
 
 def test_training_prompts_carry_what_fits(capsys):
-    from malpyeong.training import Questions, grpo_dataset, sft_dataset
+    from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
 
     tokenizer, records = load_tokenizer(str(TINY_BASE)), TRAIN[:2]
     contexts = [Context(tuple(RULES[:1]), tuple(TRAIN[5:7])), Context()]

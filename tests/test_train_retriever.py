@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from malpyeong.model import load_tokenizer
-from malpyeong.records import load_records, write_records
+from malpyeong.contest.records import load_records, write_records
+from malpyeong.models.load import load_tokenizer
 from malpyeong.retrieval.evaluate import evaluate_rules
 from malpyeong.retrieval.neural import Dense, load_encoder
 from malpyeong.retrieval.search import Retriever, rule_documents

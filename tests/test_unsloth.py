@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from malpyeong.environment import prepare_environment, version_problems
+from malpyeong.models.environment import prepare_environment, version_problems
 from malpyeong.samples import TINY_BASE
 
 ROOT = Path(__file__).parent.parent
@@ -102,8 +102,8 @@ def test_a_version_that_does_not_fit_is_one_line_with_the_cure(tmp_path, monkeyp
 
 GENERATED = """
 import dataclasses, importlib, importlib.util, inspect, json, os, sys
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
-from malpyeong.runs import assert_arguments
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.training.run import assert_arguments
 sys.path.insert(0, os.environ["UNSLOTH_COMPILE_LOCATION"])
 import trl, trl.trainer.sft_trainer
 stock = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}
@@ -155,8 +155,8 @@ def test_unsloths_generated_trainers_keep_what_the_recipes_state_and_decide_noth
 CPU_BACKEND = """
 import sys
 import unsloth
-from malpyeong.config import SFTRecipe, load_recipe
-from malpyeong.model import _load_unsloth
+from malpyeong.config.recipe import SFTRecipe, load_recipe
+from malpyeong.models.load import _load_unsloth
 recipe = load_recipe("recipes/tiny/sft.yaml", ["model.name=" + sys.argv[1]], SFTRecipe)
 model, tokenizer = _load_unsloth(recipe.model, 0, True, False)
 trained = [p.numel() for p in model.parameters() if p.requires_grad]

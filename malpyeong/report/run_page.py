@@ -13,7 +13,7 @@ import yaml
 from malpyeong.errors import InputError
 from malpyeong.report.charts import Chart, Points, chart
 from malpyeong.report.pages import render
-from malpyeong.runs import checkpoints
+from malpyeong.training.run import checkpoints
 
 MAX_SAMPLED_STEPS = 8
 _AVERAGED = 5  # logged steps at either end whose mean reward is compared

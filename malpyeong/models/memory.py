@@ -8,7 +8,7 @@ for which ``RESERVE`` is kept free.
 ``tests/test_memory.py`` compares it with the peak that TRL's trainers reach on a CPU. On a GPU, and for Unsloth, it has
 not been compared with a measurement yet.
 
-    python -m malpyeong.memory recipes/[!t]*/grpo.yaml     (a table of recipes and cards)
+    python -m malpyeong.models.memory recipes/[!t]*/grpo.yaml     (a table of recipes and cards)
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from malpyeong.config.gpu import USABLE_GIB
 from malpyeong.errors import InputError
-from malpyeong.gpus import USABLE_GIB
 
 if TYPE_CHECKING:
-    from malpyeong.config import GRPORecipe, SFTRecipe
+    from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 
 # NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits a weight, an 8-bit constant for each 64 weights,
 # and a 32-bit constant for each 256 of those.
@@ -269,8 +269,8 @@ def estimate_recipe(recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend
         shape: of its base model.
         backend: that will be used.
     """
-    from malpyeong.config import GRPORecipe
-    from malpyeong.rewards import NEEDS
+    from malpyeong.config.recipe import GRPORecipe
+    from malpyeong.training.rewards import NEEDS
 
     model, training = recipe.model, recipe.training
     sizes: dict[str, Any] = {}
@@ -333,7 +333,7 @@ def next_lever(
 
 
 def _levers(recipe: "SFTRecipe | GRPORecipe") -> list[dict[str, Any]]:
-    from malpyeong.config import GRPORecipe
+    from malpyeong.config.recipe import GRPORecipe
 
     model, training = recipe.model, recipe.training
     batch, accumulation = training.batch_size, training.gradient_accumulation_steps
@@ -378,7 +378,7 @@ def main(recipes: Sequence[Path]) -> None:
 
     A recipe is one for GRPO if its name starts with grpo.
     """
-    from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+    from malpyeong.config.recipe import GRPORecipe, SFTRecipe, load_recipe
 
     click.echo("| recipe | " + " | ".join(f"{gpu} ({gib:g} GiB)" for gpu, gib in USABLE_GIB.items()) + " |")
     click.echo("|-|" + "-|" * len(USABLE_GIB))

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from malpyeong.answer import contest_split, format_problem
-from malpyeong.choice import choice_reward, split_choice
-from malpyeong.scoring.exact_match import exact_match as score_exact_match
-from malpyeong.scoring.rouge import rouge_1 as score_rouge_1
+from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.metrics.exact_match import exact_match as score_exact_match
+from malpyeong.metrics.rouge import rouge_1 as score_rouge_1
+from malpyeong.prompts.rule_choice import choice_reward, split_choice
 
 if TYPE_CHECKING:
-    from malpyeong.config import ScorersBlock
-    from malpyeong.scoring.pairs import PairScorer
+    from malpyeong.config.recipe import ScorersBlock
+    from malpyeong.metrics.pairs import PairScorer
 
 Completion = str | list[dict[str, str]]
 Rewards = list[float | None]
@@ -115,7 +115,7 @@ def choice(
     gains: Sequence[Sequence[float]],
     **_: Any,  # noqa: ANN401
 ) -> Rewards:
-    """What the rule that the completion names first is worth (see :func:`malpyeong.choice.choice_reward`).
+    """What the rule that the completion names first is worth (see :func:`malpyeong.prompts.rule_choice.choice_reward`).
 
     Args:
         completions: with their tags.
@@ -168,8 +168,8 @@ def load_models(names: Iterable[str], scorers: "ScorersBlock | None") -> dict[st
     Raises:
         InputError: one is not on this machine, damaged, or of another kind.
     """
-    from malpyeong.scoring.bertscore import BERTScore
-    from malpyeong.scoring.bleurt import BLEURT
+    from malpyeong.metrics.bertscore import BERTScore
+    from malpyeong.metrics.bleurt import BLEURT
 
     needed = {model for name in names for model in NEEDS.get(name, ())}
     if not needed:

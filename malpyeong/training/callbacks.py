@@ -8,8 +8,8 @@ from typing import Any
 import click
 from transformers import TrainerCallback
 
-from malpyeong.config import GRPORecipe, SFTRecipe
-from malpyeong.memory import Backend, estimate_recipe
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.models.memory import Backend, estimate_recipe
 
 STEPS = 10
 

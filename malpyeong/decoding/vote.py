@@ -7,8 +7,8 @@ Aziz 2022, arXiv:2108.04718).
 
 from collections.abc import Callable, Sequence
 
-from malpyeong.answer import contest_split, format_problem
-from malpyeong.scoring.exact_match import normalise
+from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.metrics.exact_match import normalise
 
 # (candidates, references) -> score of each pair; higher is nearer.
 ReasonScore = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -16,7 +16,7 @@ ReasonScore = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 def rouge_score(candidates: Sequence[str], references: Sequence[str]) -> list[float]:
     """Return the contest's ROUGE-1 of each pair."""
-    from malpyeong.scoring.rouge import rouge_1
+    from malpyeong.metrics.rouge import rouge_1
 
     return [rouge_1(candidate, reference) for candidate, reference in zip(candidates, references, strict=True)]
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from malpyeong import choice
-from malpyeong.answer import INSTRUCTION
-from malpyeong.context import Context
-from malpyeong.records import Record
+from malpyeong.contest.answer import INSTRUCTION
+from malpyeong.contest.records import Record
+from malpyeong.prompts import rule_choice as choice
+from malpyeong.prompts.context import Context
 from malpyeong.rules import Rule
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def build_messages(
     """Return the chat messages that ask a model for the answer of ``record``.
 
     Rules and solved examples stand before the question, in their order; without any, the prompt is the question alone.
-    ``choose`` asks to name one of the rules first (see ``malpyeong.choice``).
+    ``choose`` asks to name one of the rules first (see ``malpyeong.prompts.rule_choice``).
     """
     parts = []
     if rules:

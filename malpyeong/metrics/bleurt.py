@@ -1,6 +1,6 @@
 """BLEURT-20 (Sellam et al. 2020, https://arxiv.org/abs/2004.04696; Pu et al. 2021) in PyTorch, without TensorFlow.
 
-    python -m malpyeong.scoring.bleurt lucadiliello/BLEURT-20    (checks a downloaded model by two published scores)
+    python -m malpyeong.metrics.bleurt lucadiliello/BLEURT-20    (checks a downloaded model by two published scores)
 
 BLEURT reads ``[CLS] reference [SEP] candidate [SEP]`` (token types 0 and 1) and regresses one number from the pooled
 first token. BLEURT-20 is a RemBERT, so transformers' own model holds the converted checkpoint after its weights are
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from malpyeong.errors import InputError
-from malpyeong.scoring.pairs import Pair, PairScorer, batches, model_file, quiet_loading
+from malpyeong.metrics.pairs import Pair, PairScorer, batches, model_file, quiet_loading
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,6 @@
 """Exact Match, as the contest computes it."""
 
-from malpyeong.answer import contest_split
+from malpyeong.contest.answer import contest_split
 
 
 def normalise(verdict: str) -> str:
@@ -11,7 +11,7 @@ def normalise(verdict: str) -> str:
 def exact_match(prediction: str, gold: str) -> float:
     """Return 1.0 if the predicted verdict equals any ``#``-separated part of the gold one, else 0.0.
 
-    Both are full answers; both are cut by :func:`malpyeong.answer.contest_split` first. The ``#`` is looked for
+    Both are full answers; both are cut by :func:`malpyeong.contest.answer.contest_split` first. The ``#`` is looked for
     after normalisation, so only the last of several golds carries the ``가 옳다``, exactly as in the contest.
     """
     predicted = normalise(contest_split(prediction)[0])

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from malpyeong.config import Block
+from malpyeong.config.recipe import Block
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
 

@@ -1,7 +1,7 @@
 """One dial for the card: what ``gpu: t4 | 24gb | 40gb | 80gb`` in a recipe stands for.
 
 A table of numbers, no logic: a key that the recipe or the command line states is left alone. By the estimate of
-``malpyeong.memory`` every model of ``recipes/`` fits with Unsloth, on a T4 those below 7B; docs/gpu.md has the
+``malpyeong.models.memory`` every model of ``recipes/`` fits with Unsloth, on a T4 those below 7B; docs/gpu.md has the
 table, and the doctor names the lever for the rest. SFT has 16 answers a step on every card; GRPO's number depends on
 the card, because all completions of a step are sampled together, and that is what takes most memory.
 """

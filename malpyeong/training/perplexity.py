@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, linear
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from malpyeong.errors import InputError
-from malpyeong.scoring.pairs import batches
+from malpyeong.metrics.pairs import batches
 
 # Logits held at once. On a CPU they stay in its caches, and their memory is used again and again: beyond 32 MiB the
 # system takes it back each time, and zeroing its pages anew costs as much as computing what is written to them.

@@ -10,15 +10,15 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from malpyeong.environment import version_problems
 from malpyeong.errors import InputError
-from malpyeong.memory import Backend
+from malpyeong.models.environment import version_problems
+from malpyeong.models.memory import Backend
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from malpyeong.config import ModelBlock
+    from malpyeong.config.recipe import ModelBlock
 
 VLLM_SHARE = 0.4  # of the card's memory, for vLLM's weights and caches where it samples
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.choice import NONE, Labels, is_readable, load_labels, tag
-from malpyeong.config import GRPORecipe, PromptData, SFTRecipe
-from malpyeong.context import Context, load_contexts
+from malpyeong.config.recipe import GRPORecipe, PromptData, SFTRecipe
+from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError, printable
-from malpyeong.memory import Backend
-from malpyeong.model import check_adapter, pick_dtype
-from malpyeong.prompts import (
+from malpyeong.models.load import check_adapter, pick_dtype
+from malpyeong.models.memory import Backend
+from malpyeong.prompts.context import Context, load_contexts
+from malpyeong.prompts.messages import (
     Message,
     completion_ids,
     context_messages,
@@ -22,8 +22,8 @@ from malpyeong.prompts import (
     left_out,
     prompt_ids,
 )
-from malpyeong.records import Record, load_records
-from malpyeong.runs import adapter_digest, check_run, finish_run, has_ended, start_run
+from malpyeong.prompts.rule_choice import NONE, Labels, is_readable, load_labels, tag
+from malpyeong.training.run import adapter_digest, check_run, finish_run, has_ended, start_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,7 +111,7 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[list[Path], 
         is said on the screen.
 
     Raises:
-        InputError: see :func:`malpyeong.runs.check_run`; or the recipe's adapter is none.
+        InputError: see :func:`malpyeong.training.run.check_run`; or the recipe's adapter is none.
     """
     output = Path(recipe.training.output)
     named = (getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels"))
@@ -232,11 +232,12 @@ def train(
 
     Raises:
         RuntimeError: nothing was learnt.
-        TrainingStoppedError: going on is pointless (see ``malpyeong.guards``), or the GPU's memory does not suffice.
+        TrainingStoppedError: going on is pointless (see ``malpyeong.training.callbacks``), or the GPU's memory does
+            not suffice.
     """
     from transformers import TrainerState
 
-    from malpyeong.guards import Guards, explain_out_of_memory
+    from malpyeong.training.callbacks import Guards, explain_out_of_memory
 
     output = Path(recipe.training.output)
     keep_adapter_in_float32(trainer.model)

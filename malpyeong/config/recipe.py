@@ -1,8 +1,8 @@
 """Recipe files: YAML with strict keys, overridden on the command line by ``block.key=value``.
 
-A value comes from the first of: the command line, the YAML file, the dial of the card (``gpu``, see
-``malpyeong.gpus``), the defaults below. What the models share is a default here, so that a model's YAML says what is
-particular to it; the resolved recipe with every key is written into the run's folder.
+A value comes from the first of: the command line, the YAML file, the preset of the card (``gpu``, see
+``malpyeong.config.gpu``), the defaults below. What the models share is a default here, so that a model's YAML says
+what is particular to it; the resolved recipe with every key is written into the run's folder.
 """
 
 import difflib
@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from malpyeong.config.gpu import Gpu, detect, dial
 from malpyeong.errors import InputError
-from malpyeong.gpus import Gpu, detect, dial
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -57,7 +57,7 @@ class PromptData(Block):
     """What stands in the prompts beside the question.
 
     ``context``: rules and solved examples (``malpyeong.retrieval search``). ``labels``: which rules are right (a file
-    of ``malpyeong.choice``); the model then names one of the context's rules before it answers.
+    of ``malpyeong.prompts.rule_choice``); the model then names one of the context's rules before it answers.
     """
 
     context: str | None = None
@@ -123,7 +123,7 @@ class ScorersBlock(Block):
 
 
 class GRPOData(PromptData):
-    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.rewards``)."""
+    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.training.rewards``)."""
 
     train: str
     rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
@@ -135,7 +135,7 @@ class GRPOTraining(Block):
 
     ``multi_objective_aggregation``: ``sum_then_normalize`` weighs and adds the rewards, then subtracts the group's mean
     and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
-    spread within the group first. ``min_spread``: see :class:`malpyeong.rewards.RewardRun`.
+    spread within the group first. ``min_spread``: see :class:`malpyeong.training.rewards.RewardRun`.
     ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
     on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's.
     """
@@ -194,8 +194,8 @@ class EncoderBlock(Block):
 
 
 class RetrieverData(Block):
-    """Questions, the rule of each (given or mined labels: a file of ``malpyeong.choice``), the rule book, and how many
-    hard negatives a question gets: the rules other than its own that BM25 ranks first."""
+    """Questions, the rule of each (given or mined labels, see ``malpyeong.prompts.rule_choice``), the rule book, and how
+    many hard negatives a question gets: the rules other than its own that BM25 ranks first."""
 
     train: str
     labels: str
@@ -239,7 +239,7 @@ class GRPORecipe(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> "GRPORecipe":
-        from malpyeong.rewards import NEEDS, REWARDS
+        from malpyeong.training.rewards import NEEDS, REWARDS
 
         if self.training.max_completion_length >= self.model.max_length:
             raise ValueError(

@@ -185,7 +185,7 @@ def answer_grammar(verdicts: Sequence[str] = ()) -> str:
 
     What it lets through has no :func:`format_problem`, but for what such a grammar cannot say: a reason that is too
     long, that repeats itself or that is mostly loose jamo, and a pair (혹은) of which one is empty. Those are mended by
-    :func:`malpyeong.engines.finish`, and so is the particle, since either may follow a sentence.
+    :func:`malpyeong.decoding.engines.finish`, and so is the particle, since either may follow a sentence.
 
     Well-formed answers that it does not let through have doubled spaces, control or direction characters, or a reason
     that has no syllable, begins with a mark or has a space before its last one.

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from malpyeong.answer import contest_split, format_problem
-from malpyeong.records import QUESTION_TYPES, Record
-from malpyeong.scoring.exact_match import exact_match
+from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.contest.records import QUESTION_TYPES, Record
+from malpyeong.metrics.exact_match import exact_match
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from malpyeong.scoring.pairs import PairScorer
+    from malpyeong.metrics.pairs import PairScorer
 
 # Metric as the command line names it → key of the report.
 METRICS = {"em": "exact_match", "rouge1": "rouge_1", "bertscore": "bertscore", "bleurt": "bleurt"}
@@ -76,7 +76,7 @@ def score_records(
         if metric not in metrics:
             continue
         if metric == "rouge1":
-            from malpyeong.scoring.rouge import rouge_1
+            from malpyeong.metrics.rouge import rouge_1
 
             known.update({pair: rouge_1(*pair) for pair in pairs})
         elif pairs:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from malpyeong.choice import is_readable
+from malpyeong.contest.records import Record, json_lines, record_from_json
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text, write_text
-from malpyeong.records import Record, json_lines, record_from_json
+from malpyeong.prompts.rule_choice import is_readable
 from malpyeong.rules import Rule, rule_from_json
 
 EXPECTED = "the output of python -m malpyeong.retrieval search"
@@ -27,8 +27,8 @@ class Context:
     Attributes:
         rules: of the rule book.
         examples: solved questions.
-        choose: the model is asked to name one of the rules before it answers (``malpyeong.choice``). There are no
-            examples then: their answers name no rule.
+        choose: the model is asked to name one of the rules before it answers (``malpyeong.prompts.rule_choice``).
+            There are no examples then: their answers name no rule.
     """
 
     rules: tuple[Rule, ...] = ()

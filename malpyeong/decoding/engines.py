@@ -1,9 +1,9 @@
 """Engines: what turns prompts into answers. transformers anywhere, vLLM on a GPU; both behind one :class:`Engine`.
 
 Constrained answers are well formed by construction. Where a question offers options, the verdict is the likeliest of
-those that it can have (:func:`malpyeong.options.verdicts`), and only the reason is generated; elsewhere the whole
-answer is generated under the grammar of :func:`malpyeong.answer.answer_grammar`. This is for prediction alone: in RL
-rollouts it would hide from the rewards what the model does by itself.
+those that it can have (:func:`malpyeong.contest.options.verdicts`), and only the reason is generated; elsewhere the
+whole answer is generated under the grammar of :func:`malpyeong.contest.answer.answer_grammar`. This is for prediction
+alone: in RL rollouts it would hide from the rewards what the model does by itself.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from malpyeong.answer import answer_grammar, close_reason, parse_answer, quote, reason_grammar
-from malpyeong.choice import NONE, tag
-from malpyeong.context import Context
+from malpyeong.contest.answer import answer_grammar, close_reason, parse_answer, quote, reason_grammar
+from malpyeong.contest.options import options, verdicts
+from malpyeong.contest.records import Record
+from malpyeong.contest.repair import right_particle, without_second_verdict
 from malpyeong.errors import InputError
-from malpyeong.options import options, verdicts
-from malpyeong.prompts import context_messages, prompt_ids
-from malpyeong.records import Record
-from malpyeong.repair import right_particle, without_second_verdict
+from malpyeong.prompts.context import Context
+from malpyeong.prompts.messages import context_messages, prompt_ids
+from malpyeong.prompts.rule_choice import NONE, tag
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ class TransformersEngine:
         return [texts[start : start + decoding.samples] for start in range(0, len(texts), decoding.samples)]
 
     def _named_rule(self, record: Record, prompt: list[int]) -> str:
-        """Return the likeliest tag (see ``malpyeong.choice``), or "" where the model is not asked for one."""
+        """Return the likeliest tag of a rule, or "" where the model is not asked for one."""
         context = self._contexts.get(record.id)
         if context is None or not context.choose:
             return ""
@@ -193,7 +193,7 @@ class VLLMEngine:
         decoding: Decoding,
         contexts: Mapping[str, Context] | None = None,
     ) -> None:
-        from malpyeong.model import check_adapter, tokenizer_for_prediction
+        from malpyeong.models.load import check_adapter, tokenizer_for_prediction
 
         if decoding.samples > 1:
             raise InputError("samples are drawn with the transformers engine; leave --engine out")

@@ -1,6 +1,6 @@
 """Choosing a rule: the model names the candidate that it goes by, then answers.
 
-The prompt shows the rules that a retriever found (a :class:`~malpyeong.context.Context`), in an order that says
+The prompt shows the rules that a retriever found (a :class:`~malpyeong.prompts.context.Context`), in an order that says
 nothing about their rank; the completion begins with a tag that names one, ``[규범 한글 맞춤법 제42항]``, or
 ``[규범 없음]`` where none fits. The tag is taken off before an answer is scored or submitted. Which candidate is right
 is known in training only, from a label or from PPL mining (:class:`Labels`): candidates never come from there, so that
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from malpyeong.contest.records import Record, json_lines, parse_json
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text
-from malpyeong.records import Record, json_lines, parse_json
 from malpyeong.rules import Rule
 
 INSTRUCTION = (

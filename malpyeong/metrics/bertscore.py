@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cachetools import LRUCache
 
 from malpyeong.errors import InputError
-from malpyeong.scoring.pairs import Pair, PairScorer, batches, model_file, quiet_loading
+from malpyeong.metrics.pairs import Pair, PairScorer, batches, model_file, quiet_loading
 
 if TYPE_CHECKING:
     import torch

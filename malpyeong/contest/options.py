@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from malpyeong.answer import contest_split, format_problem, subject_particle
-from malpyeong.records import Record
+from malpyeong.contest.answer import contest_split, format_problem, subject_particle
+from malpyeong.contest.records import Record
 
 MAX_OPTIONS = 32  # more come of no question, only of slashes in a text about slashes
 

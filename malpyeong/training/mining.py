@@ -24,15 +24,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from malpyeong.answer import subject_particle
-from malpyeong.context import load_contexts
+from malpyeong.contest.answer import subject_particle
+from malpyeong.contest.options import options
+from malpyeong.contest.records import Record
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile
-from malpyeong.options import options
-from malpyeong.perplexity import Row, check_parts, perplexities, shared_prefix
-from malpyeong.prompts import build_messages, completion_ids, prompt_ids
-from malpyeong.records import Record
+from malpyeong.prompts.context import load_contexts
+from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
 from malpyeong.rules import Rule
+from malpyeong.training.perplexity import Row, check_parts, perplexities, shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

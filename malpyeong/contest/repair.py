@@ -7,7 +7,15 @@ the contest would split. An answer without a verdict is left as it is.
 
 import re
 
-from malpyeong.answer import Answer, contest_split, format_problem, parse_answer, quote, subject_particle, unwrap
+from malpyeong.contest.answer import (
+    Answer,
+    contest_split,
+    format_problem,
+    parse_answer,
+    quote,
+    subject_particle,
+    unwrap,
+)
 
 _QUOTES = "\"'“”‘’"
 _CLOSING = re.compile(rf"\s*[{_QUOTES}]?\s*")
