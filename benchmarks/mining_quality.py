@@ -2,7 +2,7 @@
 
     python -m benchmarks.mining_quality --adapter runs/tiny-sft/adapter
 
-Before the question is what ``recipes/mine_contexts.py`` does; after it, in the user's message, all rules share a
+Before the question is what ``recipes/mine.py`` does; after it, in the user's message, all rules share a
 question's beginning instead. Random choice among all rules is given beside them.
 """
 

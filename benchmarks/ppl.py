@@ -6,7 +6,7 @@ Both score the same answers with the same model and prompts, and every perplexit
 
 - loop: the chat template rendered for the pair, prompt and answer in one sequence, batch 1, ``model(input_ids,
   labels=labels).loss`` (logits at every position); PPL(a|q) once for each question.
-- ours: what ``recipes/mine_contexts.py`` runs, planning and tokenizing included.
+- ours: what ``recipes/mine.py`` runs, planning and tokenizing included.
 
 A rule is the unit of time: all its questions by us, then some of them by the loop, evenly spread over the lengths; so
 the two are measured side by side, and ratios are of sums over the rules.

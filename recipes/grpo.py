@@ -26,7 +26,8 @@ from typing import Any
 
 import click
 
-from malpyeong.config.recipe import GRPORecipe, load_recipe
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import VLLM_SHARE, choose_backend, load_for_training
 from malpyeong.models.memory import Backend
@@ -127,7 +128,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     models = load_models(weights, recipe.data.scorers)
     for name, scorer in models.items():
         click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
-    rewards = RewardRun(weights, training.num_generations, models, training.min_spread)
+    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
     generations = math.ceil(training.max_steps / training.num_iterations)
     completions = training.batch_size * training.gradient_accumulation_steps

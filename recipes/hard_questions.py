@@ -22,7 +22,8 @@ from statistics import median
 
 import click
 
-from malpyeong.config.recipe import GRPORecipe, load_recipe
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe
 from malpyeong.contest.records import write_records
 from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable

@@ -18,7 +18,8 @@ from typing import Any
 
 import click
 
-from malpyeong.config.recipe import SFTRecipe, load_recipe
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import SFTRecipe
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import Backend

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from malpyeong.config.recipe import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.doctor import SAMPLES, check, examine, examine_groups, examine_tokenizer
 from malpyeong.errors import InputError
@@ -328,7 +329,7 @@ def test_vllm_is_refused_with_a_cure_where_it_cannot_run(data):
 
 
 def test_out_of_memory_names_the_peak_and_the_lever(data, monkeypatch):
-    recipe = load_recipe("recipes/qwen/grpo.yaml", ["gpu=24gb"], GRPORecipe)
+    recipe = load_recipe("recipes/grpo.yaml", ["recipes/models/qwen.yaml", "gpu=24gb"], GRPORecipe)
     text = out_of_memory_text(recipe, "hf", 22.5, 23.6)
     assert "peak 22.5 GiB of 23.6" in text
     assert "training." in text or "data.scorers.device=cpu" in text

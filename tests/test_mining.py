@@ -349,7 +349,7 @@ def test_killed_and_started_again_gives_the_same_file(folder, recipe, monkeypatc
     assert recipe(folder, "whole").exit_code == 0
     part, result = (folder / "killed" / name for name in ("contexts.part.jsonl", "contexts.jsonl"))
     process = subprocess.Popen(
-        [sys.executable, "recipes/mine_contexts.py", *arguments(folder, "killed")],
+        [sys.executable, "recipes/mine.py", *arguments(folder, "killed")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -495,17 +495,19 @@ def test_training_prompts_carry_what_fits(capsys):
 
     tokenizer, records = load_tokenizer(str(TINY_BASE)), TRAIN[:2]
     contexts = [Context(tuple(RULES[:1]), tuple(TRAIN[5:7])), Context()]
-    whole = sft_dataset(tokenizer, Questions(records, contexts), 2_000)
+    whole = sft_dataset(tokenizer, Questions(records, "context", contexts), 2_000)
     expected = prompt_ids(tokenizer, build_messages(records[0], TRAIN[5:7], RULES[:1]))
     assert whole[0]["input_ids"][: len(expected)] == expected
     assert whole[0]["labels"][: len(expected)] == [-100] * len(expected)
     assert whole[1] == sft_dataset(tokenizer, Questions(records), 2_000)[1]
     assert capsys.readouterr().out == ""
-    cut = sft_dataset(tokenizer, Questions(records, contexts), len(whole[0]["input_ids"]) - 1)
-    shorter = sft_dataset(tokenizer, Questions(records[:1], [Context(tuple(RULES[:1]), tuple(TRAIN[5:6]))]), 2_000)
+    cut = sft_dataset(tokenizer, Questions(records, "context", contexts), len(whole[0]["input_ids"]) - 1)
+    shorter = sft_dataset(
+        tokenizer, Questions(records[:1], "context", [Context(tuple(RULES[:1]), tuple(TRAIN[5:6]))]), 2_000
+    )
     assert cut[0]["input_ids"] == shorter[0]["input_ids"]
     assert "1 of 3 rules and examples do not fit model.max_length and are left out" in capsys.readouterr().out
-    prompts = grpo_dataset(tokenizer, Questions(records[:1], contexts[:1]), 2_000, 100, 1, 0)
+    prompts = grpo_dataset(tokenizer, Questions(records[:1], "context", contexts[:1]), 2_000, 100, 1, 0)
     assert prompts[0]["prompt"] == build_messages(records[0], TRAIN[5:7], RULES[:1])
 
 

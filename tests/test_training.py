@@ -15,7 +15,8 @@ from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
 from benchmarks.random_scorers import make_bleurt, make_encoder
-from malpyeong.config.recipe import GRPORecipe, load_recipe
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import Record, load_records
 from malpyeong.decoding.engines import Decoding, TransformersEngine
@@ -242,7 +243,7 @@ def test_grpo_with_all_of_the_contests_metrics(data, sft_run, tmp_path):
     for row in steps:
         for name in rewards:
             assert f"rewards/{name}/mean" in row
-            assert row[f"spread/{name}"] >= 0
+            assert row[f"group_std/{name}"] >= 0
         assert 0 <= row["dead_groups"] <= 1
         assert 0 < row["reward_seconds"] < row["step_time"]
 

@@ -1,4 +1,4 @@
-"""One dial for the card: what ``gpu: t4 | 24gb | 40gb | 80gb`` in a recipe stands for.
+"""Presets of a card: what ``gpu: t4 | 24gb | 40gb | 80gb`` in a recipe stands for.
 
 A table of numbers, no logic: a key that the recipe or the command line states is left alone. By the estimate of
 ``malpyeong.models.memory`` every model of ``recipes/`` fits with Unsloth, on a T4 those below 7B; docs/gpu.md has the
@@ -39,7 +39,7 @@ _COMPLETION = 320  # tokens; the contest's longest answer has fewer
 _SCORERS = {"t4": "cpu", "24gb": "cuda", "40gb": "cuda", "80gb": "cuda"}  # 3 GB that a T4 does not have
 
 
-def dial(gpu: str | None, stage: Stage) -> dict[str, Any]:
+def preset(gpu: str | None, stage: Stage) -> dict[str, Any]:
     """Return the recipe's keys, block by block, that a card decides; nothing for no card or an unknown one."""
     if gpu not in USABLE_GIB:
         return {}
@@ -53,7 +53,7 @@ def dial(gpu: str | None, stage: Stage) -> dict[str, Any]:
 
 
 def nearest(usable_gib: float, bf16: bool) -> str | None:
-    """Return the largest setting of the dial that a card can hold, or None if it is smaller than all of them.
+    """Return the largest setting of the preset that a card can hold, or None if it is smaller than all of them.
 
     Args:
         usable_gib: the card's memory.
@@ -64,7 +64,7 @@ def nearest(usable_gib: float, bf16: bool) -> str | None:
 
 
 def detect() -> str:
-    """Return the dial's setting for the card of this machine.
+    """Return the preset's setting for the card of this machine.
 
     Raises:
         InputError: there is no GPU, or it has less memory than a T4.
@@ -86,6 +86,6 @@ def detect() -> str:
     if found is None:
         raise InputError(
             f"gpu: auto: {properties.name} has {properties.total_memory / 2**30:.1f} GiB, less than the smallest card "
-            "of the dial; state gpu=t4 and lower what `python -m malpyeong.doctor` names"
+            "of the preset; state gpu=t4 and lower what `python -m malpyeong.doctor` names"
         )
     return found

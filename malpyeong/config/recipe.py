@@ -1,21 +1,25 @@
-"""Recipe files: YAML with strict keys, overridden on the command line by ``block.key=value``.
-
-A value comes from the first of: the command line, the YAML file, the preset of the card (``gpu``, see
-``malpyeong.config.gpu``), the defaults below. What the models share is a default here, so that a model's YAML says
-what is particular to it; the resolved recipe with every key is written into the run's folder.
-"""
+"""The blocks and keys of a recipe. How a file becomes one is in ``malpyeong.config.load``."""
 
 import difflib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from malpyeong.config.gpu import Gpu, detect, dial
-from malpyeong.errors import InputError
+from malpyeong.config.gpu import Gpu
 
+Mode = Literal["plain", "context", "choose_rule", "recall_rule"]
+
+# The rewards that a recipe may name, and the models that they need (``malpyeong.training.rewards`` has the functions).
+REWARD_MODELS: dict[str, tuple[str, ...]] = {
+    "format": (),
+    "exact_match": (),
+    "rouge_1": (),
+    "bertscore": ("bertscore",),
+    "bleurt": ("bleurt",),
+    "official": ("bertscore", "bleurt"),
+    "choice": (),
+}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -33,8 +37,8 @@ class LoraBlock(Block):
     target_modules: list[str] = Field(default=ALL_LINEAR, min_length=1)
 
 
-class ModelBlock(Block):
-    """Which model is trained, how it is held in memory, and what its tokenizer's files get wrong.
+class ModelFacts(Block):
+    """A model (folder or hub id), the adapter on it, and what its tokenizer's files get wrong.
 
     ``eos_token`` and ``pad_token`` replace the tokenizer's own; answers end with the former, and generation stops at
     it. ``tokenizer_json: true`` reads ``tokenizer.json`` as it is, where transformers would put the tokenizer class of
@@ -43,54 +47,51 @@ class ModelBlock(Block):
 
     name: str
     adapter: str | None = None
-    backend: Literal["auto", "unsloth", "hf"] = "auto"
     load_in_4bit: bool = True
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     max_length: int = Field(gt=0)
     eos_token: str | None = None
     pad_token: str | None = None
     tokenizer_json: bool = False
+
+
+class ModelBlock(ModelFacts):
+    """Which model is trained, and how."""
+
+    backend: Literal["auto", "unsloth", "hf"] = "auto"
     lora: LoraBlock = LoraBlock()
 
 
 class PromptData(Block):
     """What stands in the prompts beside the question.
 
+    ``mode``: ``plain``, the question alone; ``context``, with rules and solved examples; ``choose_rule``, with rules of
+    which the model names one before it answers; ``recall_rule`` (SFT), no rules, and it learns to name the right one.
     ``context``: rules and solved examples (``malpyeong.retrieval search``). ``labels``: which rules are right (a file
-    of ``malpyeong.prompts.rule_choice``); the model then names one of the context's rules before it answers.
+    of ``malpyeong.prompts.rule_choice``).
     """
 
+    mode: Mode = "plain"
     context: str | None = None
     labels: str | None = None
 
     @model_validator(mode="after")
-    def _rules_to_choose_among(self) -> Self:
-        self.check_rules()
+    def _files_of_the_mode(self) -> Self:
+        for key, modes in (("context", ("context", "choose_rule")), ("labels", ("choose_rule", "recall_rule"))):
+            if getattr(self, key) and self.mode not in modes:
+                raise ValueError(
+                    f"{key} has no place in mode {self.mode}; set data.mode={modes[0]}, or data.{key}=null"
+                )
+            if not getattr(self, key) and self.mode in modes:
+                raise ValueError(f"mode {self.mode} needs data.{key}, a file")
         return self
-
-    def check_rules(self) -> None:
-        """Make sure that there are rules to choose among where one is to be chosen (ValueError)."""
-        if self.labels and not self.context:
-            raise ValueError("labels need data.context, the rules to choose among")
 
 
 class SFTData(PromptData):
-    """Files of the SFT stage; ``context`` and ``labels`` serve both.
-
-    ``recall: true`` is a stage before the usual SFT, for a small model that is to choose among rules: none are shown,
-    and it learns to name, from the question alone, the one that ``labels`` says is best.
-    """
+    """Files of the SFT stage; ``context`` and ``labels`` serve both."""
 
     train: str
     dev: str
-    recall: bool = False
-
-    def check_rules(self) -> None:
-        """With ``recall``: make sure that there are labels and no context; else as without (ValueError)."""
-        if not self.recall:
-            super().check_rules()
-        elif self.context or not self.labels:
-            raise ValueError("recall needs data.labels, and shows no rules: set data.context=null")
 
 
 class SFTTraining(Block):
@@ -129,13 +130,19 @@ class GRPOData(PromptData):
     rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     scorers: ScorersBlock | None = None
 
+    @model_validator(mode="after")
+    def _shows_rules(self) -> Self:
+        if self.mode == "recall_rule":
+            raise ValueError("mode recall_rule is one of SFT; set data.mode=choose_rule")
+        return self
+
 
 class GRPOTraining(Block):
     """How the GRPO stage trains.
 
     ``multi_objective_aggregation``: ``sum_then_normalize`` weighs and adds the rewards, then subtracts the group's mean
     and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
-    spread within the group first. ``min_spread``: see :class:`malpyeong.training.rewards.RewardRun`.
+    standard deviation within the group first. ``min_group_std``: see :class:`malpyeong.training.rewards.RewardRun`.
     ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
     on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's.
     """
@@ -157,7 +164,7 @@ class GRPOTraining(Block):
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "normalize_then_sum"
-    min_spread: float = Field(default=0.01, ge=0)
+    min_group_std: float = Field(default=0.01, ge=0)
     mask_truncated_completions: bool = False
     use_vllm: bool = False
     weight_decay: float = Field(default=0.0, ge=0)
@@ -194,7 +201,7 @@ class EncoderBlock(Block):
 
 
 class RetrieverData(Block):
-    """Questions, the rule of each (given or mined labels, see ``malpyeong.prompts.rule_choice``), the rule book, and how
+    """Questions, the rule of each (given or mined labels: ``malpyeong.prompts.rule_choice``), the rule book, and how
     many hard negatives a question gets: the rules other than its own that BM25 ranks first."""
 
     train: str
@@ -223,6 +230,7 @@ class RetrieverTraining(Block):
 class SFTRecipe(Block):
     """``recipes/sft.py``."""
 
+    stage: Literal["sft"] = "sft"
     gpu: Gpu | None = None
     model: ModelBlock
     data: SFTData
@@ -232,6 +240,7 @@ class SFTRecipe(Block):
 class GRPORecipe(Block):
     """``recipes/grpo.py``."""
 
+    stage: Literal["grpo"] = "grpo"
     gpu: Gpu | None = None
     model: ModelBlock
     data: GRPOData
@@ -239,8 +248,6 @@ class GRPORecipe(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> "GRPORecipe":
-        from malpyeong.training.rewards import NEEDS, REWARDS
-
         if self.training.max_completion_length >= self.model.max_length:
             raise ValueError(
                 f"training.max_completion_length = {self.training.max_completion_length} leaves no room for a prompt "
@@ -252,26 +259,16 @@ class GRPORecipe(Block):
         if not any(self.data.rewards.values()):
             raise ValueError("data.rewards: every weight is 0; nothing would be learnt")
         for name in self.data.rewards:
-            if name not in REWARDS:
-                raise ValueError(f"data.rewards.{name}: unknown reward{_hint(name, REWARDS)}")
-            if name == "choice" and not self.data.labels:
-                raise ValueError("data.rewards.choice: needs data.labels, a file that says which rules are right")
-            for model in NEEDS.get(name, ()):
+            if name not in REWARD_MODELS:
+                raise ValueError(f"data.rewards.{name}: unknown reward{hint(name, REWARD_MODELS)}")
+            if name == "choice" and self.data.mode != "choose_rule":
+                raise ValueError("data.rewards.choice: needs data.mode=choose_rule, and data.labels")
+            for model in REWARD_MODELS[name]:
                 if getattr(self.data.scorers, model, None) is None:
                     raise ValueError(
                         f"data.rewards.{name}: needs data.scorers.{model}, the hub id or folder of a model"
                     )
         return self
-
-
-class MiningModel(Block):
-    """Whose perplexity is measured: a folder or hub id, with a LoRA adapter on it or without."""
-
-    name: str
-    adapter: str | None = None
-    load_in_4bit: bool
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    max_length: int = Field(gt=0)
 
 
 class MiningData(Block):
@@ -295,109 +292,27 @@ class MiningOutput(Block):
 
 
 class MiningRecipe(Block):
-    """``recipes/mine_contexts.py``."""
+    """``recipes/mine.py``."""
 
-    model: MiningModel
+    stage: Literal["mine"] = "mine"
+    model: ModelFacts
     data: MiningData
     mining: MiningOutput
 
 
 class RetrieverRecipe(Block):
-    """``recipes/train_retriever.py``."""
+    """``recipes/retriever.py``."""
 
+    stage: Literal["retriever"] = "retriever"
     model: EncoderBlock
     data: RetrieverData
     training: RetrieverTraining
 
 
-Recipe = TypeVar("Recipe", bound=Block)
+AnyRecipe = Annotated[SFTRecipe | GRPORecipe | MiningRecipe | RetrieverRecipe, Field(discriminator="stage")]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str], kind: type[Recipe]) -> Recipe:
-    """Read a recipe file and apply overrides such as ``training.learning_rate=1e-4``.
-
-    Raises:
-        InputError: the file is not YAML, a key is unknown (the nearest known one is named), a value is missing
-            or out of range.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); name a recipe such as recipes/tiny/sft.yaml"
-        ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: is not YAML ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no blocks; expected {', '.join(kind.model_fields)}")
-    for override in overrides:
-        _apply(values, override)
-    if values.get("gpu") == "auto":
-        values["gpu"] = detect()
-    _fill(values, dial(values.get("gpu"), "grpo" if kind is GRPORecipe else "sft"))
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error, kind)}") from None
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise InputError(f'"{override}": write an override as block.key=value, like training.seed=1')
-    *blocks, key = name.split(".")
-    for block in blocks:
-        values = values.setdefault(block, {})
-        if not isinstance(values, dict):
-            raise InputError(f'"{override}": "{block}" is not a block')
-    values[key] = _value(override, text)
-
-
-def _fill(values: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Add what is not stated, block by block; a block that the recipe does not have stays away."""
-    for key, default in defaults.items():
-        if not isinstance(default, dict):
-            values.setdefault(key, default)
-        elif isinstance(values.get(key), dict):
-            _fill(values[key], default)
-
-
-def _value(override: str, text: str) -> Any:  # noqa: ANN401 -- what YAML gives
-    """Lists and mappings are YAML; anything else is taken as it stands and turned into the key's type later."""
-    if text in ("null", "~"):
-        return None
-    if not text.startswith(("[", "{")):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise InputError(f'"{override}": the value is not YAML') from None
-
-
-def _explain(error: ValidationError, kind: type[Block]) -> str:
-    problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"]]
-    name = ".".join(place)
-    if problem["type"] == "extra_forbidden":
-        return f"{name}: unknown key{_hint(place[-1], _fields_at(kind, place[:-1]))}"
-    if problem["type"] == "missing":
-        return f"{name}: is missing; add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message}" if name else message
-
-
-def _fields_at(kind: type[Block], place: Sequence[str]) -> list[str]:
-    for part in place:
-        annotation = kind.model_fields[part].annotation
-        blocks = [
-            one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, Block)
-        ]
-        if not blocks:
-            return []
-        kind = blocks[0]
-    return list(kind.model_fields)
-
-
-def _hint(name: str, known: Any) -> str:  # noqa: ANN401 -- any iterable of names
+def hint(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, or all."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(known)}"

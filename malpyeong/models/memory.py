@@ -269,14 +269,13 @@ def estimate_recipe(recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend
         shape: of its base model.
         backend: that will be used.
     """
-    from malpyeong.config.recipe import GRPORecipe
-    from malpyeong.training.rewards import NEEDS
+    from malpyeong.config.recipe import REWARD_MODELS, GRPORecipe
 
     model, training = recipe.model, recipe.training
     sizes: dict[str, Any] = {}
     if isinstance(recipe, GRPORecipe):
         scorers = recipe.data.scorers
-        needed = {name for reward in recipe.data.rewards for name in NEEDS.get(reward, ())}
+        needed = {name for reward in recipe.data.rewards for name in REWARD_MODELS[reward]}
         width = 4 if scorers is None or scorers.dtype == "float32" else 2
         on_card = scorers is not None and scorers.device != "cpu"
         sizes = {
@@ -372,26 +371,22 @@ def _replaced(block: Any, place: Sequence[str], value: Any) -> Any:  # noqa: ANN
 
 
 @click.command()
-@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
-def main(recipes: Sequence[Path]) -> None:
-    """Print the estimated peak of RECIPES on every card, in GiB: Unsloth / transformers + PEFT, ! if too much.
+@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path(path_type=Path))
+def main(recipe_file: Path, models: Sequence[Path]) -> None:
+    """Print the estimated peak of RECIPE with every MODEL (a YAML file) on every card, in GiB: Unsloth / transformers +
+    PEFT, ! if too much."""
+    from malpyeong.config.load import read_recipe
+    from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 
-    A recipe is one for GRPO if its name starts with grpo.
-    """
-    from malpyeong.config.recipe import GRPORecipe, SFTRecipe, load_recipe
-
-    click.echo("| recipe | " + " | ".join(f"{gpu} ({gib:g} GiB)" for gpu, gib in USABLE_GIB.items()) + " |")
+    click.echo("| model | " + " | ".join(f"{gpu} ({gib:g} GiB)" for gpu, gib in USABLE_GIB.items()) + " |")
     click.echo("|-|" + "-|" * len(USABLE_GIB))
-    for path in recipes:
-        cells = [f"{path.parent.name}/{path.stem}"]
+    for path in models:
+        cells = [path.stem]
         for gpu, gib in USABLE_GIB.items():
-            recipe: SFTRecipe | GRPORecipe
-            if path.name.startswith("grpo"):
-                recipe = load_recipe(path, [f"gpu={gpu}"], GRPORecipe)
-            else:
-                recipe = load_recipe(path, [f"gpu={gpu}"], SFTRecipe)
-            if recipe.model.name not in SHAPES:
-                raise InputError(f"{path}: the shape of {recipe.model.name} is not known; use malpyeong.doctor")
+            recipe = read_recipe(recipe_file, [str(path), f"gpu={gpu}"])
+            if not isinstance(recipe, SFTRecipe | GRPORecipe) or recipe.model.name not in SHAPES:
+                raise InputError(f"{path}: its memory on a card is not known; use malpyeong.doctor")
             found = [estimate_recipe(recipe, SHAPES[recipe.model.name], backend) for backend in BACKENDS]
             mark = "" if all(one.fits(gib) for one in found) else " !"
             cells.append(" / ".join(f"{one.peak / GIB:.1f}" for one in found) + mark)

@@ -31,7 +31,7 @@ NONE = "없음"  # the name that says that no candidate fits
 
 _TAG = re.compile(r"\A\s*\[규범 ([^\[\]\n]{1,100})\]\s*")
 _GIVEN = 'an object like {"1": "한글 맞춤법 제41항"} or {"1": {"rule": "한글 맞춤법 제41항"}}'
-_EXPECTED = f"{_GIVEN}, or contexts.jsonl of recipes/mine_contexts.py"
+_EXPECTED = f"{_GIVEN}, or contexts.jsonl of recipes/mine.py"
 
 # A rule that lowers the answer's perplexity by less than this share is taken for one that does not help.
 MIN_IMPROVEMENT = 0.01

@@ -232,7 +232,7 @@ def _grpo_charts(run: Run) -> list[Chart]:
             (
                 "묶음 안의 차이",
                 "한 질문의 답들이 받은 보상의 표준 편차. 0이면 그 성분에서 배울 것이 없음",
-                {name: f"spread/{name}" for name in run.weights},
+                {name: f"group_std/{name}" for name in run.weights},
                 0,
             ),
             ("배울 것이 없는 묶음", "모든 답이 같은 보상을 받은 질문의 비율(dead groups)", {"비율": "dead_groups"}, 0),

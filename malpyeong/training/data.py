@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.config.recipe import GRPORecipe, PromptData, SFTRecipe
+from malpyeong.config.recipe import GRPORecipe, Mode, PromptData, SFTRecipe
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError, printable
 from malpyeong.models.load import check_adapter, pick_dtype
@@ -36,31 +36,27 @@ class Questions:
 
     Attributes:
         records: with gold answers.
-        contexts: rules and examples of each record, where the recipe names some.
-        labels: of each record, where the model is to choose among the rules of its context; or, without contexts,
-            to name the best rule of all and nothing more.
+        mode: ``data.mode`` of the recipe.
+        contexts: rules and examples of each record; in modes plain and recall_rule there are none in any.
+        labels: of each record, in modes choose_rule and recall_rule.
     """
 
     records: Sequence[Record]
-    contexts: Sequence[Context] | None = None
-    labels: Sequence[Labels] | None = None
-
-    @property
-    def to_recall(self) -> Sequence[Labels] | None:
-        """The labels, where the model is to name a rule without seeing any (``data.recall``)."""
-        return self.labels if self.contexts is None else None
+    mode: Mode = "plain"
+    contexts: Sequence[Context] = ()
+    labels: Sequence[Labels] = ()
 
     @property
     def asked_with(self) -> Sequence[Context]:
         """What belongs to each record's prompt: its context, or none at all."""
-        return self.contexts or [Context(choose=self.to_recall is not None)] * len(self.records)
+        return self.contexts or [Context(choose=self.mode == "recall_rule")] * len(self.records)
 
     def answer_lengths(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Return the tokens of each gold answer, with the longest tag that may stand before it, or of a tag alone."""
-        if self.to_recall is not None:
-            return [len(completion_ids(tokenizer, tag(its.best_of_all or NONE))) - 1 for its in self.to_recall]
+        if self.mode == "recall_rule":
+            return [len(completion_ids(tokenizer, tag(one.best_of_all or NONE))) - 1 for one in self.labels]
         lengths = [len(completion_ids(tokenizer, record.answer or "")) for record in self.records]
-        if self.labels is not None and self.contexts is not None:
+        if self.mode == "choose_rule":
             names = {NONE, *(rule.id for context in self.contexts for rule in context.rules)}
             tokens = {name: len(completion_ids(tokenizer, tag(name))) - 1 for name in names}
             for place, context in enumerate(self.contexts):
@@ -79,28 +75,28 @@ def with_prompt_data(records: Sequence[Record], data: PromptData) -> Questions:
     Raises:
         InputError: a file is defective, or has nothing for one of the records.
     """
-    contexts = load_contexts(data.context, records, choose=data.labels is not None) if data.context else None
+    contexts = load_contexts(data.context, records, choose=data.mode == "choose_rule") if data.context else []
     if data.labels is None:
-        return Questions(records, contexts)
+        return Questions(records, data.mode, contexts)
     labels = load_labels(data.labels, records)
-    if contexts is None:
-        for record, its in zip(records, labels, strict=True):
-            if its.best_of_all and not is_readable(its.best_of_all):
-                name = printable(its.best_of_all, 40)
+    if data.mode == "recall_rule":
+        for record, one in zip(records, labels, strict=True):
+            if one.best_of_all and not is_readable(one.best_of_all):
+                name = printable(one.best_of_all, 40)
                 raise InputError(
                     f'{data.labels}: id "{printable(record.id, 40)}": its rule "{name}" cannot be named in a tag; give '
                     "it an id of at most 100 characters without brackets"
                 )
-        return Questions(records, labels=labels)
-    for record, context, its in zip(records, contexts, labels, strict=True):
-        untried = [rule.id for rule in context.rules if its.mined and rule.id not in its.gains]
+        return Questions(records, data.mode, labels=labels)
+    for record, context, one in zip(records, contexts, labels, strict=True):
+        untried = [rule.id for rule in context.rules if one.mined and rule.id not in one.gains]
         if untried:
             raise InputError(
                 f'{data.labels}: id "{printable(record.id, 40)}": it is not known whether the rule '
                 f'"{printable(untried[0], 40)}" of its context helps; mine again with data.context={data.context} and '
                 f"mining.top_k of at least {len(context.rules)}"
             )
-    return Questions(records, contexts, labels)
+    return Questions(records, data.mode, contexts, labels)
 
 
 def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[list[Path], Path | None] | None:
@@ -130,8 +126,7 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_
     """Return ``input_ids`` and ``labels`` (-100 on the prompt: the loss is on the answer and its end) for each record.
 
     Rules and examples that do not fit are left out, and counted on the screen. Where the model chooses, its answer
-    begins with the tag of the rule that helps most; without contexts (``data.recall``) that tag, of all rules, is all
-    that is learnt.
+    begins with the tag of the rule that helps most; in mode recall_rule that tag, of all rules, is all that is learnt.
 
     Raises:
         InputError: a record has more than ``max_length`` tokens.
@@ -140,15 +135,15 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_
 
     records, answers = questions.records, [record.answer or "" for record in questions.records]
     asked = _messages(tokenizer, questions, [max_length - length for length in questions.answer_lengths(tokenizer)])
-    if questions.to_recall is not None:
-        answers = [tag(labels.best_of_all or NONE) for labels in questions.to_recall]
-    elif questions.labels is not None:
+    if questions.mode == "recall_rule":
+        answers = [tag(labels.best_of_all or NONE) for labels in questions.labels]
+    elif questions.mode == "choose_rule":
         named = [labels.best(shown.rules) for labels, (_, shown) in zip(questions.labels, asked, strict=True)]
         answers = [tag(name) + answer for name, answer in zip(named, answers, strict=True)]
     rows = []
     for (messages, _), answer in zip(asked, answers, strict=True):
         prompt, completion = prompt_ids(tokenizer, messages), completion_ids(tokenizer, answer)
-        if questions.to_recall is not None:
+        if questions.mode == "recall_rule":
             completion = completion[:-1]  # the turn does not end with the tag
         rows.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
     check_lengths(records, [len(row["input_ids"]) for row in rows], max_length)
@@ -189,7 +184,7 @@ def grpo_dataset(
         {"prompt": messages, "reference": record.answer, "record_id": record.id}
         for (messages, _), record in zip(asked, records, strict=True)
     ]
-    if questions.labels is not None:
+    if questions.mode == "choose_rule":
         for row, labels, (_, shown) in zip(rows, questions.labels, asked, strict=True):
             row |= {"candidates": [rule.id for rule in shown.rules], "gains": labels.of(shown.rules)}
     lengths = [len(prompt_ids(tokenizer, messages)) + max_completion_length for messages, _ in asked]
@@ -310,13 +305,13 @@ def _messages(
 ) -> list[tuple[list[Message], Context]]:
     """Return each record's prompt and the context in it: as much as leaves at most ``limits`` tokens."""
     records, fitted = questions.records, questions.asked_with
-    if questions.contexts is not None:
+    if questions.contexts:
         fitted = fit_contexts(tokenizer, records, questions.contexts, limits)
         if line := left_out(questions.contexts, fitted, "model.max_length"):
             click.echo(line)
-    if questions.to_recall is not None:
-        click.echo(recalled_share(questions.to_recall))
-    elif questions.labels is not None:
+    if questions.mode == "recall_rule":
+        click.echo(recalled_share(questions.labels))
+    elif questions.mode == "choose_rule":
         click.echo(labelled_share(questions.labels, fitted))
     return [(context_messages(record, context), context) for record, context in zip(records, fitted, strict=True)]
 

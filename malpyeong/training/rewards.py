@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from malpyeong.config.recipe import REWARD_MODELS
 from malpyeong.contest.answer import contest_split, format_problem
 from malpyeong.metrics.exact_match import exact_match as score_exact_match
 from malpyeong.metrics.rouge import rouge_1 as score_rouge_1
@@ -159,7 +160,6 @@ REWARDS: dict[str, RewardFunction] = {
     "official": official,
     "choice": choice,
 }
-NEEDS = {"bertscore": ("bertscore",), "bleurt": ("bleurt",), "official": ("bertscore", "bleurt")}
 
 
 def load_models(names: Iterable[str], scorers: "ScorersBlock | None") -> dict[str, "PairScorer"]:
@@ -171,7 +171,7 @@ def load_models(names: Iterable[str], scorers: "ScorersBlock | None") -> dict[st
     from malpyeong.metrics.bertscore import BERTScore
     from malpyeong.metrics.bleurt import BLEURT
 
-    needed = {model for name in names for model in NEEDS.get(name, ())}
+    needed = {model for name in names for model in REWARD_MODELS[name]}
     if not needed:
         return {}
     assert scorers is not None  # checked with the recipe
@@ -188,7 +188,7 @@ class RewardRun:
     that dead groups do not show. Logged once a step:
 
     - ``dead_groups``: share of groups whose answers all earn the same in every reward; nothing is learnt from them.
-    - ``spread/NAME``: standard deviation of a component within a group, mean over the groups.
+    - ``group_std/NAME``: standard deviation of a component within a group, mean over the groups.
     - ``reward_seconds``: what all the functions took together.
 
     TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
@@ -197,7 +197,7 @@ class RewardRun:
         weights: reward name → weight.
         num_generations: answers of a group; a group's answers follow each other.
         models: the loaded models of ``bertscore`` and ``bleurt``, where a reward needs them.
-        min_spread: a component whose standard deviation within a group is smaller says nothing about that group, and
+        min_group_std: a component whose standard deviation within a group is smaller says nothing about that group, and
             all its answers get the group's mean. Normalising each component (``normalize_then_sum``) would otherwise
             blow such noise up to the size of a right answer. 0 switches this off.
 
@@ -210,9 +210,9 @@ class RewardRun:
         weights: Mapping[str, float],
         num_generations: int,
         models: Mapping[str, "PairScorer"] | None = None,
-        min_spread: float = 0.0,
+        min_group_std: float = 0.0,
     ) -> None:
-        self._weights, self._num_generations, self._min_spread = dict(weights), num_generations, min_spread
+        self._weights, self._num_generations, self._min_group_std = dict(weights), num_generations, min_group_std
         self._models = {f"{name}_model": model for name, model in (models or {}).items()}
         self._step: dict[str, Rewards] = {}
         self._step_seconds = 0.0
@@ -260,7 +260,7 @@ class RewardRun:
         quiet: Rewards = []
         for group in self._groups(rewards):
             known = [value for value in group if value is not None]
-            if len(known) > 1 and 0 < statistics.stdev(known) < self._min_spread:
+            if len(known) > 1 and 0 < statistics.stdev(known) < self._min_group_std:
                 mean = statistics.fmean(known)
                 group = [None if value is None else mean for value in group]
             quiet += group
@@ -271,7 +271,7 @@ class RewardRun:
         for name, rewards in self._step.items():
             known = [[value for value in group if value is not None] for group in self._groups(rewards)]
             spreads = [statistics.stdev(group) for group in known if len(group) > 1]
-            found[f"spread/{name}"] = statistics.fmean(spreads) if spreads else 0.0
+            found[f"group_std/{name}"] = statistics.fmean(spreads) if spreads else 0.0
         quiet = [self._without_noise(self._step[name]) for name, weight in self._weights.items() if weight]
         dead = [
             all(len({value for value in group if value is not None}) <= 1 for group in groups)

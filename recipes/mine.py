@@ -1,7 +1,7 @@
 """PPL mining: label each question with the rules that make its gold answer likelier.
 
-    python recipes/mine_contexts.py recipes/tiny/mine.yaml
-    python recipes/mine_contexts.py recipes/qwen/mine.yaml data.questions=train.json data.rules=rules.json --estimate
+    python recipes/mine.py recipes/tiny/mine.yaml
+    python recipes/mine.py recipes/qwen/mine.yaml data.questions=train.json data.rules=rules.json --estimate
 
 What it does:
 - Computes PPL(a|q) and, for every rule or those that a retriever proposes, PPL(a|c,q); writes the ``top_k`` rules by
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import click
 
-from malpyeong.config.recipe import MiningRecipe, load_recipe
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import MiningRecipe
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile, check_writable, write_text

@@ -1,6 +1,6 @@
 """Training of a dual encoder that finds the rule of a question.
 
-    python recipes/train_retriever.py recipes/tiny/retriever.yaml
+    python recipes/retriever.py recipes/tiny/retriever.yaml
     python -m malpyeong.retrieval evaluate test.json --labels labels.json --rules rules.json \\
         --dense runs/tiny-retriever/model
 
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from malpyeong.config.recipe import RetrieverRecipe, load_recipe
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import RetrieverRecipe
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.files import new_folder
