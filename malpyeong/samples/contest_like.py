@@ -71,9 +71,12 @@ def _record(item: dict[str, Any], why: str, asks: dict[str, str]) -> Record:
 
 
 def _shuffled(group: re.Match[str]) -> str:
-    options = group[1].replace("*", "").split("/")
-    random.Random(group[1]).shuffle(options)
-    return f"{{{'/'.join(options)}}}"
+    """Return the options of a group, the right one first in three of five, as in the contest's files."""
+    options = group[1].split("/")
+    rng = random.Random(group[1])
+    rng.shuffle(options)
+    options.sort(key=lambda option: "*" in option, reverse=rng.random() < 0.6)
+    return f"{{{'/'.join(options).replace('*', '')}}}"
 
 
 def _right_option(group: str) -> str:
