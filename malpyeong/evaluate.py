@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from malpyeong.contest.records import Record, check_same_questions, load_records
 from malpyeong.errors import InputError, printable
-from malpyeong.records import Record, check_same_questions, load_records
-from malpyeong.scoring.report import AVERAGES, METRICS, RecordScore, compare, confidence, score_records, summarise
+from malpyeong.metrics.aggregate import AVERAGES, METRICS, RecordScore, compare, confidence, score_records, summarise
 
 if TYPE_CHECKING:
-    from malpyeong.scoring.pairs import PairScorer
+    from malpyeong.metrics.pairs import PairScorer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -67,9 +67,9 @@ def load_scorers(
     Returns:
         (scorers, missing): the loaded ones, and for each that is not on this machine what to do about it.
     """
-    from malpyeong.scoring.bertscore import BERTSCORE_MODEL, BERTScore
-    from malpyeong.scoring.bleurt import BLEURT, BLEURT_MODEL
-    from malpyeong.scoring.pairs import MissingModelError
+    from malpyeong.metrics.bertscore import BERTSCORE_MODEL, BERTScore
+    from malpyeong.metrics.bleurt import BLEURT, BLEURT_MODEL
+    from malpyeong.metrics.pairs import MissingModelError
 
     found: dict[str, PairScorer] = {}
     missing = {}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from malpyeong.answer import Answer, contest_split, format_problem, parse_answer
+from malpyeong.contest.answer import Answer, contest_split, format_problem, parse_answer
+from malpyeong.contest.options import options, question_sentence
+from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
+from malpyeong.contest.repair import right_particle
 from malpyeong.errors import InputError, printable
-from malpyeong.options import options, question_sentence
-from malpyeong.records import Record, check_same_questions, load_records, write_records
-from malpyeong.repair import right_particle
 
 # Conjoining jamo that NFD makes of ordinary syllables; NFKC makes them of compatibility jamo such as ㄹ.
 _CONJOINING_JAMO = re.compile("[\u1100-\u1112\u1161-\u1175\u11a8-\u11c2]")

@@ -20,14 +20,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from malpyeong.answer import contest_split
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import load_records
 from malpyeong.curves import plot
 from malpyeong.errors import InputError
 from malpyeong.evaluate import evaluate
 from malpyeong.files import digest, write_text
-from malpyeong.records import load_records
+from malpyeong.metrics.aggregate import RecordScore, summarise
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.scoring.report import RecordScore, summarise
 from malpyeong.submit import is_split
 
 RECIPES = Path(__file__).parent

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from malpyeong.records import Record
+from malpyeong.contest.records import Record
 from malpyeong.submit import changed_regions, problems, warnings
 
 

@@ -7,7 +7,7 @@ import click
 from malpyeong.errors import InputError
 from malpyeong.evaluate import load_answers, load_categories, load_scorers, scoring_options
 from malpyeong.files import check_writable, write_text
-from malpyeong.scoring.report import score_records
+from malpyeong.metrics.aggregate import score_records
 
 
 @click.group()

@@ -4,8 +4,8 @@ import itertools
 import re
 from dataclasses import dataclass
 
-from malpyeong.answer import parse_answer
-from malpyeong.records import Record
+from malpyeong.contest.answer import parse_answer
+from malpyeong.contest.records import Record
 
 # The two instructions that nearly every question carries tell nothing about it; any other wording is kept.
 _STANDING = re.compile(

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from malpyeong.answer import has_final_consonant
+from malpyeong.contest.answer import has_final_consonant
 from malpyeong.samples import BANK
 
 FILES = ("spacing", "spelling1", "spelling2", "standard", "standard2", "loanword", "punctuation")

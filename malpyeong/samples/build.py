@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 
-from malpyeong.answer import subject_particle, write_answer
+from malpyeong.contest.answer import subject_particle, write_answer
+from malpyeong.contest.records import Record, write_records
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
-from malpyeong.records import Record, write_records
 from malpyeong.samples import DATA
 from malpyeong.samples.bank import Item, attach, draw_words, fill, load_items, load_rules, load_specials
 from malpyeong.samples.contest_like import build_records
