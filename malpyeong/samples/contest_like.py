@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from malpyeong.answer import has_final_consonant
-from malpyeong.records import Record
+from malpyeong.contest.answer import has_final_consonant
+from malpyeong.contest.records import Record
 from malpyeong.samples import BANK
 from malpyeong.samples.bank import attach
 
