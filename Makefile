@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu clean
+.PHONY: help setup demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -39,13 +39,20 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## base → SFT → GRPO → merge → submission with the tiny model (10 minutes on two cores)
 	$(RUN) recipes/demo.py -o "$(RUNS)/demo"
 
-test: $(STAMP) ## run the tests
-	$(RUN) -m pytest
+# Two processes of one thread each: what is tested is small.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 
-lint: $(STAMP) ## ruff and mypy
+test: $(STAMP) ## run the tests (4 minutes on two cores)
+	$(PYTEST) -m "not slow"
+
+test-all: test ## after them the slow ones: whole runs, the notebook, browser pages, fuzzing
+	$(PYTEST) -m slow
+
+lint: $(STAMP) ## ruff, mypy and the order of the rooms
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	"$(VENV)/bin/lint-imports"
 
 format: $(STAMP) ## let ruff format the code
 	$(RUN) -m ruff check --fix .

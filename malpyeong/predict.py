@@ -127,12 +127,10 @@ def _engine(
 
 def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
     """Return the mean of ROUGE-1 and of the scores whose models are named."""
-    from malpyeong.evaluate import load_scorers
+    from malpyeong.metrics.scorers import load_scorer
 
-    metrics = [name for name, model in (("bertscore", bertscore), ("bleurt", bleurt)) if model]
-    scorers, missing = load_scorers(metrics, bertscore, bleurt, "auto")
-    for message in missing.values():
-        raise InputError(message)
+    models = {"bertscore": bertscore, "bleurt": bleurt}
+    scorers = {name: load_scorer(name, model) for name, model in models.items() if model}
 
     def mean(candidates: Sequence[str], references: Sequence[str]) -> list[float]:
         columns = [rouge_score(candidates, references)]

@@ -239,7 +239,9 @@ def test_a_rule_that_was_not_tried_is_no_rule_that_does_not_help(tmp_path):
     write_records(tmp_path / "train.json", TRAIN[:1])
     write_contexts(tmp_path / "context.jsonl", TRAIN[:1], [[(1.0, RULES[0]), (0.0, RULES[1])]], [[]])
     write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0})])
-    data = PromptData(context=str(tmp_path / "context.jsonl"), labels=str(tmp_path / "labels.jsonl"))
+    data = PromptData(
+        mode="choose_rule", context=str(tmp_path / "context.jsonl"), labels=str(tmp_path / "labels.jsonl")
+    )
     with pytest.raises(InputError, match=f'whether the rule "{RULES[1].id}" of its context helps; mine again'):
         load_questions(str(tmp_path / "train.json"), data)
     write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0, RULES[1].id: 0.0})])

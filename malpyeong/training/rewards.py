@@ -168,17 +168,13 @@ def load_models(names: Iterable[str], scorers: "ScorersBlock | None") -> dict[st
     Raises:
         InputError: one is not on this machine, damaged, or of another kind.
     """
-    from malpyeong.metrics.bertscore import BERTScore
-    from malpyeong.metrics.bleurt import BLEURT
+    from malpyeong.metrics.scorers import load_scorer
 
     needed = {model for name in names for model in REWARD_MODELS[name]}
     if not needed:
         return {}
     assert scorers is not None  # checked with the recipe
-    kinds: dict[str, Callable[..., PairScorer]] = {"bertscore": BERTScore, "bleurt": BLEURT}
-    return {
-        name: kinds[name](getattr(scorers, name), device=scorers.device, dtype=scorers.dtype) for name in sorted(needed)
-    }
+    return {name: load_scorer(name, getattr(scorers, name), scorers.device, scorers.dtype) for name in sorted(needed)}
 
 
 class RewardRun:
