@@ -6,6 +6,7 @@ article (``한글 맞춤법 제41항``), because the article alone is ambiguous.
 examples included, in ``text``: where they begin is not marked in the document.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -35,6 +36,10 @@ _NUMBERED = re.compile(
 _UNNUMBERED = re.compile(r"(?P<norm>.*?)(?P<article>규\s*정|총\s*칙|부\s*칙|표\s*\d+)(?P<title>)")
 _HEADING_LEFT = re.compile(rf"^\s*[{_OPEN}][^{_CLOSE}]*\s[{_DASH}]\s|제\s*\d+\s*항\s*[{_CLOSE}]")
 _MAX_HEADING_LINES, _MAX_HEADING_CHARS = 5, 100
+# What follows a reference to a section within a sentence, and no heading.
+_REFERENCE = re.compile(r"\s*(?:참조|참고)|[)\]」』,.]|(?:에서?는?|의|을|를|은|는|이|가|과|와|도|으로)(?=[\s,.])")
+# Dumps of PDFs that keep the space between two words have it at line ends too (contest's document: 1,515 of 1,719).
+_ENDS_WITH_SPACE = 0.5
 # How broken headings are spelled where the document never has them on one line.
 _SPELLINGS = (
     "한글 맞춤법",
@@ -155,15 +160,15 @@ def build_rule_book(path: Path) -> tuple[list[Rule], list[str]]:
         that were dropped, characters that cannot be read.
 
     Raises:
-        InputError: the file cannot be read, or no section is found.
+        InputError: the file cannot be read, no section is found, or fewer than there are other places that look like
+            headings.
     """
-    pages = _read_document(path)
+    pages, paragraphs = _read_document(path)
     lines, notes = _without_page_furniture(pages)
+    lines = _split_at_headings(lines)
     headings = _find_headings(lines)
     if not headings:
-        raise InputError(
-            f"{path}: no line begins with a heading like <띄어쓰기 - 한글 맞춤법 제41항>; is this the document?"
-        )
+        raise InputError(f"{path}: no heading like <띄어쓰기 - 한글 맞춤법 제41항> was found; is this the document?")
     before = [line for line in lines[: headings[0].first] if line.text.strip()]
     if before:
         characters = sum(len(line.text.strip()) for line in before)
@@ -174,14 +179,24 @@ def build_rule_book(path: Path) -> tuple[list[Rule], list[str]]:
     spelling = _Spelling(headings)
     rules: list[tuple[_Line, Rule]] = []
     ends = [heading.first for heading in headings[1:]] + [len(lines)]
-    for heading, end in zip(headings, ends, strict=True):
-        body, place = lines[heading.end : end], lines[heading.first]
-        notes += [
-            f'{line.place}: looks like a heading but is read as text: "{printable(line.text.strip(), 60)}"'
-            for line in body
-            if _HEADING_LEFT.search(line.text)
-        ]
-        text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.text.rstrip() for line in body)).strip()
+    bodies = [lines[heading.end : end] for heading, end in zip(headings, ends, strict=True)]
+    left = [(line, len(_HEADING_LEFT.findall(line.text))) for body in bodies for line in body]
+    left = [(line, count) for line, count in left if count]
+    more = sum(count for _, count in left)
+    if more > len(headings):
+        raise InputError(
+            f"{path}: {len(headings)} sections were found, but {more} other places look like headings, the first at "
+            f'{left[0][0].place}: "{printable(left[0][0].text.strip(), 60)}"; write each as <띄어쓰기 - 한글 맞춤법 '
+            "제41항> on a line of its own, or use the document as docx or PDF"
+        )
+    notes += [
+        f'{line.place}: looks like a heading but is read as text: "{printable(line.text.strip(), 60)}"'
+        for line, _ in left
+    ]
+    words_are_cut = not paragraphs and _line_ends_tell_words(bodies)
+    for heading, body in zip(headings, bodies, strict=True):
+        place = lines[heading.first]
+        text = _text_of(body, words_are_cut)
         category = spelling(heading.category)
         id_ = f"{spelling(heading.norm) or category} {_article(heading.article)}".strip()
         if not text:
@@ -194,6 +209,22 @@ def build_rule_book(path: Path) -> tuple[list[Rule], list[str]]:
     if not rules:
         raise InputError(f"{path}: none of the {len(headings)} sections has any text")
     return _with_unique_ids(rules, notes), notes
+
+
+def _line_ends_tell_words(bodies: Iterable[Sequence[_Line]]) -> bool:
+    """Tell whether a space stands at the end of most lines, so that one without it ends within a word."""
+    spaced = [line.text != line.text.rstrip() for body in bodies for line in body if line.text.strip()]
+    return sum(spaced) >= _ENDS_WITH_SPACE * max(1, len(spaced))
+
+
+def _text_of(body: Sequence[_Line], words_are_cut: bool) -> str:
+    """Return the text of a section; where ``words_are_cut``, lines are joined that end in no space and no full stop."""
+    text = ""
+    for line in body:
+        cut = words_are_cut and re.search(r"[^\s.?!]\Z", text) and line.text.strip()
+        text += line.text if cut else f"\n{line.text}"
+    text = "\n".join(line.rstrip() for line in text.split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def _with_unique_ids(rules: Sequence[tuple[_Line, Rule]], notes: list[str]) -> list[Rule]:
@@ -217,6 +248,30 @@ def _with_unique_ids(rules: Sequence[tuple[_Line, Rule]], notes: list[str]) -> l
         numbers[rule.id] += 1
         unique.append(replace(rule, id=f"{rule.id} ({numbers[rule.id]})") if len(places[rule.id]) > 1 else rule)
     return unique
+
+
+def _split_at_headings(lines: Sequence[_Line]) -> list[_Line]:
+    """Put every heading that names an article on lines of its own.
+
+    In the dumps that some participants have, headings stand in the middle of a line. ``…제41항>에 따라`` and
+    ``…제41항> 참조`` are references and stay.
+    """
+    text = "\n".join(line.text for line in lines)
+    cuts: list[int] = []
+    for found in _HEADING.finditer(text):
+        short = len(found[0]) <= _MAX_HEADING_CHARS and found[0].count("\n") < _MAX_HEADING_LINES
+        if short and not re.search(r"\n\s*\n", found[0]) and not _REFERENCE.match(text, found.end()):
+            names = _heading_names(" ".join(found[0].split()))
+            cuts += found.span() if names and names[2] else ()
+    split: list[_Line] = []
+    start = 0
+    for line in lines:
+        end = start + len(line.text)
+        bounds = [0, *(cut - start for cut in cuts if start < cut < end), len(line.text)]
+        pieces = [line.text[first:last] for first, last in itertools.pairwise(bounds)]
+        split += [_Line(line.place, piece) for piece in pieces if piece.strip() or len(pieces) == 1]
+        start = end + 1
+    return split
 
 
 def _find_headings(lines: Sequence[_Line]) -> list[_Heading]:
@@ -247,14 +302,20 @@ def _heading_at(lines: Sequence[_Line], first: int) -> _Heading | None:
             return None
         if line[-1] in _CLOSE:
             break
+    names = _heading_names(text)
+    return _Heading(first, end, *names) if names else None
+
+
+def _heading_names(text: str) -> tuple[str, str, str, str] | None:
+    """Return category, norm, article and title of a heading that is written on one line; None if it is none."""
     whole = _HEADING.fullmatch(text)
     if whole is None:
         return None
     category, rest = whole["category"].strip(), whole["rest"].strip()
     parts = _NUMBERED.fullmatch(rest) or _UNNUMBERED.fullmatch(rest)
     if parts is None:
-        return _Heading(first, end, category, rest, "", "")
-    return _Heading(first, end, category, parts["norm"].strip(), parts["article"], parts["title"].strip(" :"))
+        return category, rest, "", ""
+    return category, parts["norm"].strip(), parts["article"], parts["title"].strip(" :")
 
 
 class _Spelling:
@@ -301,15 +362,16 @@ def _without_page_furniture(pages: Sequence[Sequence[_Line]]) -> tuple[list[_Lin
     return [line for page in left for line in page], notes
 
 
-def _read_document(path: Path) -> list[list[_Line]]:
+def _read_document(path: Path) -> tuple[list[list[_Line]], bool]:
+    """Return the pages' lines, and whether each line is a whole paragraph."""
     data = read_bytes(path, "a reference document")
     if data.startswith(b"%PDF"):
-        return _read_pdf(path)
+        return _read_pdf(path), False
     if data.startswith(b"PK\x03\x04"):
-        return [_read_docx(path)]
+        return [_read_docx(path)], True
     if data.startswith(b"\xd0\xcf\x11\xe0"):
         raise InputError(f"{path}: is an old doc or hwp file; save it as docx, PDF or text")
-    return _read_plain(read_text(path, "a reference document"))
+    return _read_plain(read_text(path, "a reference document")), False
 
 
 def _read_pdf(path: Path) -> list[list[_Line]]:
