@@ -26,8 +26,8 @@ from malpyeong.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.files import digest, write_text
 from malpyeong.model import load_for_prediction
-from malpyeong.options import options
 from malpyeong.predict import model_digest, predict
+from malpyeong.question import options
 from malpyeong.records import Record, load_records
 from malpyeong.repair import repair
 from malpyeong.samples import DATA, TINY_BASE

@@ -24,13 +24,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from malpyeong.answer import subject_particle
 from malpyeong.context import load_contexts
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile
-from malpyeong.options import options
+from malpyeong.particles import subject_particle
 from malpyeong.perplexity import Row, check_parts, perplexities, shared_prefix
 from malpyeong.prompts import build_messages, completion_ids, prompt_ids
+from malpyeong.question import options
 from malpyeong.records import Record
 from malpyeong.rules import Rule
 

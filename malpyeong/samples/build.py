@@ -18,9 +18,10 @@ from typing import Any
 
 import click
 
-from malpyeong.answer import subject_particle, write_answer
+from malpyeong.answer import write_answer
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
+from malpyeong.particles import subject_particle
 from malpyeong.records import Record, write_records
 from malpyeong.samples import DATA
 from malpyeong.samples.bank import Item, attach, draw_words, fill, load_items, load_rules, load_specials
@@ -139,7 +140,7 @@ def _choice(item: Item, sentence: str, rng: random.Random) -> str:
     roll = rng.random()
     if roll < 0.03:  # stray spaces, as in the contest
         options = [rng.choice((f" {option}", f"{option} ", option)) for option in options]
-    if 0.03 <= roll < 0.07:
+    if 0.03 <= roll < 0.07 or item.also_right:  # braces have one right alternative
         lines = "\n".join(f'"{sentence.replace("[]", option)}"' for option in options)
         return f"{WHICH_LINE}\n{lines}"
     return f'"{sentence.replace("[]", "{" + "/".join(options) + "}")}" {CHOOSE}'

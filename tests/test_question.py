@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from malpyeong.options import MAX_OPTIONS, options, question_sentence, verdicts
 
 from malpyeong.answer import format_problem, parse_answer
-from malpyeong.options import MAX_OPTIONS, options, question_sentence, verdicts
 from malpyeong.records import Record, load_records
 from malpyeong.samples import DATA
 
