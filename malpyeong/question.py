@@ -17,8 +17,9 @@ from malpyeong.records import Record
 
 MAX_OPTIONS = 32  # more come of no question, only of slashes in a text about slashes
 MAX_PAIRED = 4  # of more options no pairs are offered
-# How much likelier (in nats) the other particle has to be than the one of the rule. Measured: docs/prediction.md.
-PARTICLE_MARGIN = 3.0
+# How much likelier (in nats) the other particle has to be than the one of the rule (docs/prediction.md). A model that
+# has learnt nothing but how often gold answers have 가 (97.6 %) favours it by 3.7.
+PARTICLE_MARGIN = 4.0
 
 # The two instructions that nearly every question carries tell nothing about it; any other wording is kept.
 _STANDING = re.compile(
