@@ -11,10 +11,10 @@ from statistics import fmean
 
 import click
 
-from malpyeong.answer import contest_split
-from malpyeong.model import load_for_prediction
-from malpyeong.prompts import build_messages, prompt_ids
-from malpyeong.records import load_records
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import load_records
+from malpyeong.models.load import load_for_prediction
+from malpyeong.prompts.messages import build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
 
 GROUP, SAMPLES = 8, 56

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-import yaml
 
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
-from malpyeong.context import Context
-from malpyeong.environment import prepare_environment, version_problems
+from malpyeong.config.gpu import USABLE_GIB, nearest
+from malpyeong.config.load import read_recipe
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
-from malpyeong.gpus import USABLE_GIB, nearest
-from malpyeong.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
-from malpyeong.records import Record, load_records
-from malpyeong.training import (
+from malpyeong.models.environment import prepare_environment, version_problems
+from malpyeong.models.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
+from malpyeong.prompts.context import Context
+from malpyeong.training.data import (
     Questions,
     check_lengths,
     labelled_share,
@@ -91,7 +91,7 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     Raises:
         InputError: a data file cannot be read.
     """
-    from malpyeong.model import check_vllm, load_tokenizer
+    from malpyeong.models.load import check_vllm, load_tokenizer
 
     yield from _versions()
     yield from _card(recipe)
@@ -232,10 +232,10 @@ def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
 
 
 def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
-    from malpyeong.rewards import NEEDS
-    from malpyeong.scoring.pairs import model_file
+    from malpyeong.config.recipe import REWARD_MODELS
+    from malpyeong.metrics.pairs import model_file
 
-    for name in sorted({model for reward in recipe.data.rewards for model in NEEDS.get(reward, ())}):
+    for name in sorted({model for reward in recipe.data.rewards for model in REWARD_MODELS[reward]}):
         model = getattr(recipe.data.scorers, name)
         try:
             model_file(model, "config.json")
@@ -252,11 +252,11 @@ def examine_tokenizer(
     """Yield whether prompts and answers become tokens, and text again, as training and the contest need it.
 
     Args:
-        tokenizer: from :func:`malpyeong.model.load_tokenizer`.
+        tokenizer: from :func:`malpyeong.models.load.load_tokenizer`.
         records: with answers; the first hundred are tried.
         context: of the first record, whose prompt is looked at.
     """
-    from malpyeong.prompts import TEMPLATE_OPTIONS, completion_ids, context_messages
+    from malpyeong.prompts.messages import TEMPLATE_OPTIONS, completion_ids, context_messages
 
     record = records[0]
     messages: Any = context_messages(record, context)
@@ -345,7 +345,7 @@ def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
 
 
 def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions: Questions) -> Iterator[Finding]:
-    from malpyeong.prompts import fit_contexts, prompt_length
+    from malpyeong.prompts.messages import fit_contexts, prompt_length
 
     records, contexts = questions.records, questions.asked_with
     answers = questions.answer_lengths(tokenizer)
@@ -359,11 +359,11 @@ def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions:
         yield Finding("error", error.message)
     longest = max(answers)
     text = f"longest prompt {max(prompts)} tokens, longest answer {longest}; model.max_length is {limit}"
-    if questions.to_recall is not None:
-        yield from _share(recalled_share, questions.to_recall)
+    if questions.mode == "recall_rule":
+        yield from _share(recalled_share, questions.labels)
     if any(contexts):
         yield from _context(contexts, fitted, limit)
-        if questions.labels is not None:
+        if questions.mode == "choose_rule":
             yield from _share(labelled_share, questions.labels, fitted)
         alone = max(prompt_length(tokenizer, record, _NO_CONTEXT) for record in records)
         text = f"longest question alone {alone} tokens, {text}"
@@ -378,7 +378,7 @@ def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions:
 
 
 def _context(contexts: Sequence[Context], fitted: Sequence[Context], limit: int) -> Iterator[Finding]:
-    from malpyeong.prompts import left_out
+    from malpyeong.prompts.messages import left_out
 
     rules, examples = (sum(len(getattr(one, kind)) for one in contexts) for kind in ("rules", "examples"))
     found = f"prompts with {rules} rules and {examples} solved examples for {len(contexts)} questions"
@@ -406,22 +406,24 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     """
     import torch
 
-    from malpyeong.model import load_for_training
-    from malpyeong.prompts import context_messages, fit_contexts, prompt_ids
-    from malpyeong.rewards import RewardRun, load_models
+    from malpyeong.models.load import load_for_training
+    from malpyeong.prompts.messages import context_messages, fit_contexts, prompt_ids
+    from malpyeong.training.rewards import RewardRun, load_models
 
     training, weights = recipe.training, recipe.data.rewards
     questions = load_questions(recipe.data.train, recipe.data)
     records = questions.records[:groups]
     contexts = questions.contexts[:groups] if questions.contexts else [_NO_CONTEXT] * len(records)
-    run = RewardRun(weights, training.num_generations, load_models(weights, recipe.data.scorers))
+    run = RewardRun(
+        weights, training.num_generations, load_models(weights, recipe.data.scorers), training.min_group_std
+    )
     model, tokenizer = load_for_training(recipe.model, training.seed, training.gradient_checkpointing)
     if torch.cuda.is_available() and not recipe.model.load_in_4bit:  # 4-bit weights are there already
         model = model.to("cuda")
     model.eval()
     room = recipe.model.max_length - training.max_completion_length
     contexts = fit_contexts(tokenizer, records, contexts, [room] * len(records))
-    dead = 0
+    dead = 0.0
     for place, (record, context) in enumerate(zip(records, contexts, strict=True)):
         messages = context_messages(record, context)
         prompt = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
@@ -439,13 +441,14 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
             )
         texts = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
         columns: dict[str, Any] = {"reference": [record.answer] * len(texts)}
-        if questions.labels is not None:
+        if questions.mode == "choose_rule":
             columns["candidates"] = [[rule.id for rule in context.rules]] * len(texts)
             columns["gains"] = [questions.labels[place].of(context.rules)] * len(texts)
-        found = [function(completions=texts, **columns) for function in run.functions]
-        rewards = {name: values for name, values in zip(weights, found, strict=True) if weights[name]}
-        if all(len(set(values)) == 1 for values in rewards.values()):
-            dead += 1
+        logged: dict[str, float] = {}
+        columns["log_metric"] = logged.__setitem__
+        scores = [function(completions=texts, **columns) for function in run.functions]
+        rewards = {name: values for name, values in zip(weights, scores, strict=True) if weights[name]}
+        dead += logged["dead_groups"]  # of this one group: 0 or 1
         ranges = ", ".join(f"{name} {_range(values)}" for name, values in rewards.items())
         yield Finding("ok", f'id "{record.id}": rewards of {len(texts)} answers: {ranges}')
     if dead == len(records):
@@ -456,7 +459,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
         )
     elif dead:
         yield Finding(
-            "warning", f"in {dead} of {len(records)} groups all answers earn the same", "see training.temperature"
+            "warning", f"in {dead:.0f} of {len(records)} groups all answers earn the same", "see training.temperature"
         )
 
 
@@ -470,19 +473,12 @@ def _range(values: Sequence[float | None]) -> str:
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--quick", is_flag=True, help="Do not load the model.")
 def main(recipe_file: Path, overrides: tuple[str, ...], quick: bool) -> None:
-    """Look whether RECIPE will run, fit and learn. A recipe for GRPO is one that has data.rewards."""
+    """Look whether RECIPE will run, fit and learn."""
     prepare_environment()
-    try:
-        values = yaml.safe_load(recipe_file.read_text("utf-8"))
-        is_grpo = "rewards" in values["data"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        is_grpo = False  # load_recipe says what is wrong
-    recipe: AnyRecipe
-    if is_grpo:
-        recipe = load_recipe(recipe_file, overrides, GRPORecipe)
-    else:
-        recipe = load_recipe(recipe_file, overrides, SFTRecipe)
-    from malpyeong.model import check_adapter, choose_backend
+    recipe = read_recipe(recipe_file, overrides)
+    if not isinstance(recipe, SFTRecipe | GRPORecipe):
+        raise InputError(f"{recipe_file}: is a recipe of stage {recipe.stage}; the doctor looks at sft and grpo")
+    from malpyeong.models.load import check_adapter, choose_backend
 
     backend = choose_backend(recipe.model)
     if backend == "unsloth":

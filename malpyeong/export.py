@@ -14,9 +14,9 @@ from typing import Any
 
 import click
 
+from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
-from malpyeong.records import Record, load_records
 from malpyeong.samples import DATA
 
 # What counts as the same model. In float32 only the order of sums differs. A merge in 16 bits rounds every weight
@@ -79,8 +79,8 @@ def export(
     """
     import torch
 
-    from malpyeong.engines import Decoding, TransformersEngine
-    from malpyeong.model import (
+    from malpyeong.decoding.engines import Decoding, TransformersEngine
+    from malpyeong.models.load import (
         base_of_adapter,
         load_base,
         load_for_prediction,
@@ -89,7 +89,7 @@ def export(
         stop_at_eos,
     )
     from malpyeong.predict import predict
-    from malpyeong.prompts import build_messages, completion_ids, prompt_ids
+    from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
 
     base = base or base_of_adapter(adapter)
     with new_folder(output) as folder:

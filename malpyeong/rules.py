@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import click
 
+from malpyeong.contest.records import parse_json
 from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable, read_bytes, read_text, write_text
-from malpyeong.records import parse_json
 
 EXPECTED = 'a rule book like [{"id": "한글 맞춤법 제41항", "category": …, "text": …}]'
 _TEXTS = ("id", "category", "title", "text")

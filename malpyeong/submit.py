@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
-from malpyeong.answer import contest_split, format_problem, parse_answer, quote
+from malpyeong.contest.answer import contest_split, format_problem, parse_answer, quote
+from malpyeong.contest.particles import subject_particle
+from malpyeong.contest.question import options, read_record
+from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
+from malpyeong.contest.repair import restore_jamo
 from malpyeong.errors import InputError, printable
-from malpyeong.particles import subject_particle
-from malpyeong.question import options, read_record
-from malpyeong.records import Record, check_same_questions, load_records, write_records
-from malpyeong.repair import restore_jamo
 
 _CURLY_QUOTES = re.compile("[“”‘’]")
 _COMPARABLE = 1_000  # characters; comparing longer sentences takes long and says nothing

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from malpyeong.answer import contest_split, format_problem, parse_answer, quote, write_answer
-from malpyeong.particles import subject_particle
-from malpyeong.scoring.exact_match import exact_match
-from malpyeong.scoring.rouge import rouge_1
+from malpyeong.contest.answer import contest_split, format_problem, parse_answer, quote, write_answer
+from malpyeong.contest.particles import subject_particle
+from malpyeong.metrics.exact_match import exact_match
+from malpyeong.metrics.rouge import rouge_1
 
 # text, sentences, particle, reason
 PARSED = {

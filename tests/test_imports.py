@@ -3,14 +3,17 @@
 import pytest
 
 
-@pytest.mark.parametrize("code", ["import malpyeong", "import malpyeong.answer, malpyeong.records, malpyeong.scoring"])
+@pytest.mark.parametrize(
+    "code", ["import malpyeong", "import malpyeong.contest.answer, malpyeong.contest.records, malpyeong.metrics"]
+)
 def test_import_loads_no_torch(code, run_module):
     result = run_module("-c", f"{code}; import sys; print('torch' in sys.modules, 'transformers' in sys.modules)")
     assert result.stdout.split() == ["False", "False"], result.stderr
 
 
 @pytest.mark.parametrize(
-    "module", ["evaluate", "submit", "predict", "export", "curves", "report", "doctor", "memory", "rules", "retrieval"]
+    "module",
+    ["evaluate", "submit", "predict", "export", "report", "doctor", "models.memory", "rules", "retrieval"],
 )
 def test_help_loads_no_torch(module, run_module):
     code = (

@@ -8,14 +8,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
-from malpyeong.gpus import USABLE_GIB
-from malpyeong.memory import SHAPES, ModelShape, estimate, estimate_recipe, next_lever
-from malpyeong.model import load_for_training, load_tokenizer
-from malpyeong.prompts import prompt_ids
-from malpyeong.records import load_records
+from malpyeong.config.gpu import USABLE_GIB
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.contest.records import load_records
+from malpyeong.models.load import load_for_training, load_tokenizer
+from malpyeong.models.memory import SHAPES, ModelShape, estimate, estimate_recipe, next_lever
+from malpyeong.prompts.messages import prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import Questions, grpo_dataset, keep_adapter_in_float32, sft_dataset
+from malpyeong.training.data import Questions, grpo_dataset, keep_adapter_in_float32, sft_dataset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TOLERANCE = 0.15  # of the measured peak
@@ -179,10 +180,12 @@ def test_known_shapes_have_the_published_sizes(name):
 
 def recipe(model, gpu, *overrides, stage="grpo"):
     kind = {"sft": SFTRecipe, "grpo": GRPORecipe}[stage]
-    return load_recipe(RECIPES / model / f"{stage}.yaml", [f"gpu={gpu}", *overrides], kind)
+    return load_recipe(
+        RECIPES / f"{stage}.yaml", [str(RECIPES / "models" / f"{model}.yaml"), f"gpu={gpu}", *overrides], kind
+    )
 
 
-MODELS = sorted(path.parent.name for path in RECIPES.glob("*/grpo.yaml") if not path.parent.name.startswith("tiny"))
+MODELS = sorted(path.stem for path in (RECIPES / "models").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("backend", ["unsloth", "hf"])

@@ -15,10 +15,11 @@ import torch
 from click.testing import CliRunner
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from malpyeong.answer import answer_grammar, format_problem, parse_answer, reason_grammar, write_answer
-from malpyeong.consensus import choose
-from malpyeong.context import Context, write_contexts
-from malpyeong.engines import (
+from malpyeong.contest.answer import answer_grammar, format_problem, parse_answer, reason_grammar, write_answer
+from malpyeong.contest.question import options, verdicts
+from malpyeong.contest.records import load_records, write_records
+from malpyeong.contest.repair import finish
+from malpyeong.decoding.engines import (
     MIN_CONSTRAINED_TOKENS,
     Decoding,
     FormatGuard,
@@ -26,14 +27,13 @@ from malpyeong.engines import (
     VLLMEngine,
     _Format,
 )
+from malpyeong.decoding.vote import choose
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile
-from malpyeong.model import load_for_prediction, load_tokenizer, tokenizer_for_prediction
+from malpyeong.models.load import load_for_prediction, load_tokenizer, tokenizer_for_prediction
 from malpyeong.predict import fitted, main, predict
-from malpyeong.prompts import build_messages, prompt_ids, prompt_length
-from malpyeong.question import options, verdicts
-from malpyeong.records import load_records, write_records
-from malpyeong.repair import finish
+from malpyeong.prompts.context import Context, write_contexts
+from malpyeong.prompts.messages import build_messages, prompt_ids, prompt_length
 from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from tests.conftest import ROOT

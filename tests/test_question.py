@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malpyeong.answer import format_problem, parse_answer
-from malpyeong.question import MAX_OPTIONS, PARTICLE_MARGIN, options, pick_verdict, read_question, verdicts
-from malpyeong.records import Record, load_records
+from malpyeong.contest.answer import format_problem, parse_answer
+from malpyeong.contest.question import MAX_OPTIONS, PARTICLE_MARGIN, options, pick_verdict, read_question, verdicts
+from malpyeong.contest.records import Record, load_records
 from malpyeong.samples import DATA
 
 CHOOSE = " 가운데 올바른 것을 선택하고, 그 이유를 설명하세요."

@@ -5,12 +5,12 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 
-from malpyeong.answer import contest_split, format_problem, parse_answer
-from malpyeong.records import Record, load_records
-from malpyeong.repair import close_reason, finish, repair, restore_jamo
+from malpyeong.contest.answer import contest_split, format_problem, parse_answer
+from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.repair import close_reason, finish, repair, restore_jamo
+from malpyeong.metrics.exact_match import exact_match
 from malpyeong.report.causes import Cause, find_cause
 from malpyeong.samples import DATA
-from malpyeong.scoring.exact_match import exact_match
 from malpyeong.submit import problems, warnings
 from tests.test_answer import ANSWERLIKE
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from malpyeong.answer import contest_split, format_problem, parse_answer
-from malpyeong.records import load_records
+from malpyeong.contest.answer import contest_split, format_problem, parse_answer
+from malpyeong.contest.records import load_records
 from malpyeong.samples import DATA
 from malpyeong.samples.bank import attach, draw_words, fill, load_items, load_rules, load_specials
 from malpyeong.samples.build import SPLITS, build_splits, split_frames, write_splits

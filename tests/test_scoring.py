@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.random_scorers import make_bleurt, make_encoder
-from malpyeong.answer import contest_split
-from malpyeong.records import Record
-from malpyeong.scoring.exact_match import exact_match, normalise
-from malpyeong.scoring.report import METRICS, compare, confidence, score_records, summarise
-from malpyeong.scoring.rouge import MorphemeTokenizer, rouge_1
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import Record
+from malpyeong.metrics.aggregate import METRICS, compare, confidence, score_records, summarise
+from malpyeong.metrics.exact_match import exact_match, normalise
+from malpyeong.metrics.rouge import MorphemeTokenizer, rouge_1
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = json.loads((FOLDER / "official_scorer.json").read_text("utf-8"))

@@ -7,10 +7,10 @@ import unicodedata
 import llguidance
 import pytest
 
-from malpyeong.answer import answer_grammar, reason_grammar
-from malpyeong.question import verdicts
-from malpyeong.records import Record
-from malpyeong.repair import finish, repair
+from malpyeong.contest.answer import answer_grammar, reason_grammar
+from malpyeong.contest.question import verdicts
+from malpyeong.contest.records import Record
+from malpyeong.contest.repair import finish, repair
 from malpyeong.submit import changed_regions, problems, warnings
 
 

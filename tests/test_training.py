@@ -15,18 +15,19 @@ from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
 from benchmarks.random_scorers import make_bleurt, make_encoder
-from malpyeong.answer import contest_split
-from malpyeong.config import GRPORecipe, load_recipe
-from malpyeong.engines import Decoding, TransformersEngine
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import Record, load_records
+from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.export import export
-from malpyeong.model import load_base, load_for_prediction, load_for_training, load_tokenizer
+from malpyeong.models.load import load_base, load_for_prediction, load_for_training, load_tokenizer
 from malpyeong.predict import predict
-from malpyeong.prompts import TEMPLATE_OPTIONS, build_messages, prompt_ids
-from malpyeong.records import Record, load_records
-from malpyeong.runs import assert_arguments, last_checkpoint
+from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import Questions, grpo_dataset, sft_dataset
+from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
+from malpyeong.training.run import assert_arguments, last_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TRAIN = load_records(DATA / "train.json", answers="gold")
@@ -68,7 +69,7 @@ def weights(run):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A small training and dev file in a folder whose name has a space and Hangul."""
-    from malpyeong.records import write_records
+    from malpyeong.contest.records import write_records
 
     folder = tmp_path_factory.mktemp("자료 폴더")
     short = sorted(TRAIN, key=lambda record: len(record.question + record.answer))
@@ -242,7 +243,7 @@ def test_grpo_with_all_of_the_contests_metrics(data, sft_run, tmp_path):
     for row in steps:
         for name in rewards:
             assert f"rewards/{name}/mean" in row
-            assert row[f"spread/{name}"] >= 0
+            assert row[f"group_std/{name}"] >= 0
         assert 0 <= row["dead_groups"] <= 1
         assert 0 < row["reward_seconds"] < row["step_time"]
 
@@ -458,7 +459,7 @@ def test_batched_prediction_does_not_depend_on_the_batch(sft_run):
 
 
 def test_predict_command_keeps_ids_and_order(sft_run, run_module, tmp_path):
-    from malpyeong.records import write_records
+    from malpyeong.contest.records import write_records
 
     questions = [Record(f"{9 - n}", r.question_type, r.question) for n, r in enumerate(TRAIN[:5])]
     write_records(tmp_path / "questions.json", questions)
@@ -511,7 +512,7 @@ def test_pad_must_differ_from_eos(tmp_path):
 
 
 def test_unsloth_is_refused_with_a_cure_where_it_cannot_run(sft_run):
-    from malpyeong.model import choose_backend
+    from malpyeong.models.load import choose_backend
 
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")

@@ -6,10 +6,10 @@ import unicodedata
 from collections.abc import Sequence
 from enum import StrEnum
 
-from malpyeong.answer import contest_split, parse_answer
-from malpyeong.question import read_record
-from malpyeong.records import Record
-from malpyeong.scoring.exact_match import exact_match, normalise
+from malpyeong.contest.answer import contest_split, parse_answer
+from malpyeong.contest.question import read_record
+from malpyeong.contest.records import Record
+from malpyeong.metrics.exact_match import exact_match, normalise
 
 _PARTICLE = re.compile(r"(?:으?가|이) 옳다\Z")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from malpyeong.answer import contest_split
+from malpyeong.contest.answer import contest_split
+from malpyeong.metrics.aggregate import FINALS, METRICS, RecordScore, confidence, summarise
 from malpyeong.report.causes import Cause, find_cause
 from malpyeong.report.pages import render
 from malpyeong.report.text import Piece, cut, differences
-from malpyeong.scoring.report import FINALS, METRICS, RecordScore, confidence, summarise
 
 _NAMES = {
     "final_score": "최종",
@@ -179,5 +179,5 @@ def _sides(gold: tuple[str, str], prediction: tuple[str, str]) -> tuple[Side, Si
 
 
 def in_korean(problem: str) -> str:
-    """Return what :func:`malpyeong.answer.format_problem` says in Korean; what is not known here as it is."""
+    """Return what :func:`malpyeong.contest.answer.format_problem` says in Korean; what is not known here as it is."""
     return next((korean for start, korean in _FORMAT_PROBLEMS.items() if problem.startswith(start)), problem)

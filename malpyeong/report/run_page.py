@@ -13,7 +13,7 @@ import yaml
 from malpyeong.errors import InputError
 from malpyeong.report.charts import Chart, Points, chart
 from malpyeong.report.pages import render
-from malpyeong.runs import checkpoints
+from malpyeong.training.run import checkpoints
 
 MAX_SAMPLED_STEPS = 8
 _AVERAGED = 5  # logged steps at either end whose mean reward is compared
@@ -232,7 +232,7 @@ def _grpo_charts(run: Run) -> list[Chart]:
             (
                 "묶음 안의 차이",
                 "한 질문의 답들이 받은 보상의 표준 편차. 0이면 그 성분에서 배울 것이 없음",
-                {name: f"spread/{name}" for name in run.weights},
+                {name: f"group_std/{name}" for name in run.weights},
                 0,
             ),
             ("배울 것이 없는 묶음", "모든 답이 같은 보상을 받은 질문의 비율(dead groups)", {"비율": "dead_groups"}, 0),

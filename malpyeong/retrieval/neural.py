@@ -97,7 +97,7 @@ def load_encoder(name: str, dtype: str, max_length: int) -> "SentenceTransformer
 
     Args:
         name: folder or hub id.
-        dtype: of the weights; see :func:`malpyeong.model.pick_dtype`.
+        dtype: of the weights; see :func:`malpyeong.models.load.pick_dtype`.
         max_length: tokens from which on a text would be cut.
 
     Raises:
@@ -107,7 +107,7 @@ def load_encoder(name: str, dtype: str, max_length: int) -> "SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.util import is_sentence_transformer_model
 
-    from malpyeong.model import pick_dtype
+    from malpyeong.models.load import pick_dtype
 
     options = {"dtype": pick_dtype(dtype)}
 

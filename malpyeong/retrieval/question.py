@@ -1,10 +1,10 @@
 """What retrieval makes of a question and its answer: the words that a solved question is about, and its readings."""
 
-from malpyeong.answer import parse_answer
-from malpyeong.question import Question as Question
-from malpyeong.question import differing, read_record
-from malpyeong.question import read_question as read_question
-from malpyeong.records import Record
+from malpyeong.contest.answer import parse_answer
+from malpyeong.contest.question import Question as Question
+from malpyeong.contest.question import differing, read_record
+from malpyeong.contest.question import read_question as read_question
+from malpyeong.contest.records import Record
 
 
 def changed_words(record: Record) -> tuple[str, ...]:

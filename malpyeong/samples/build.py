@@ -18,11 +18,11 @@ from typing import Any
 
 import click
 
-from malpyeong.answer import write_answer
+from malpyeong.contest.answer import write_answer
+from malpyeong.contest.particles import subject_particle
+from malpyeong.contest.records import Record, write_records
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
-from malpyeong.particles import subject_particle
-from malpyeong.records import Record, write_records
 from malpyeong.samples import DATA
 from malpyeong.samples.bank import Item, attach, draw_words, fill, load_items, load_rules, load_specials
 
