@@ -170,7 +170,7 @@ def test_mined_values_equal_the_formulas(tiny):
 
 
 def _verdict(sentence):
-    from malpyeong.contest.answer import subject_particle
+    from malpyeong.contest.particles import subject_particle
 
     return f'"{sentence}"{subject_particle(sentence)} 옳다.'
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import click
 
-from malpyeong.contest.answer import subject_particle, write_answer
+from malpyeong.contest.answer import write_answer
+from malpyeong.contest.particles import subject_particle
 from malpyeong.contest.records import Record, write_records
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
@@ -139,9 +140,9 @@ def _choice(item: Item, sentence: str, rng: random.Random) -> str:
     options = [form for form in (item.right, item.wrong, item.wrong2, item.also_right) if form]
     rng.shuffle(options)
     roll = rng.random()
-    if roll < 0.03:  # stray spaces, as in the contest
+    if roll < 0.03 and not item.also_right:  # stray spaces, as in the contest
         options = [rng.choice((f" {option}", f"{option} ", option)) for option in options]
-    if 0.03 <= roll < 0.07:
+    if 0.03 <= roll < 0.07 or item.also_right:  # braces have one right alternative
         lines = "\n".join(f'"{sentence.replace("[]", option)}"' for option in options)
         return f"{WHICH_LINE}\n{lines}"
     return f'"{sentence.replace("[]", "{" + "/".join(options) + "}")}" {CHOOSE}'

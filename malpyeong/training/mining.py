@@ -24,8 +24,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from malpyeong.contest.answer import subject_particle
-from malpyeong.contest.options import options
+from malpyeong.contest.particles import subject_particle
+from malpyeong.contest.question import options
 from malpyeong.contest.records import Record
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile
