@@ -30,8 +30,8 @@ import click
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe
 from malpyeong.models.environment import prepare_environment
-from malpyeong.models.load import VLLM_SHARE, choose_backend, load_for_training
-from malpyeong.models.memory import Backend
+from malpyeong.models.load import choose_backend, load_for_training
+from malpyeong.models.memory import VLLM_SHARE, Backend
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS
 from malpyeong.training.data import grpo_dataset, load_questions, open_run, precision, train
 from malpyeong.training.rewards import RewardRun, load_models
@@ -142,9 +142,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     clock = StepClock(rewards)
 
     class TimedTrainer(GRPOTrainer):
-        def _generate(self, *arguments: Any) -> Any:  # noqa: ANN401 -- as in TRL
+        def _generate(self, *args: Any) -> Any:  # noqa: ANN401 -- as in TRL
             with clock.generating():
-                return super()._generate(*arguments)
+                return super()._generate(*args)
 
     stated = arguments(recipe, backend)
     trainer = TimedTrainer(
