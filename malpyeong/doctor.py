@@ -21,7 +21,16 @@ from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.models.environment import prepare_environment, version_problems
-from malpyeong.models.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
+from malpyeong.models.memory import (
+    GIB,
+    RESERVE,
+    SHAPES,
+    Backend,
+    ModelShape,
+    estimate_recipe,
+    next_lever,
+    with_values,
+)
 from malpyeong.prompts.context import Context
 from malpyeong.training.data import (
     Questions,
@@ -39,6 +48,7 @@ Level = Literal["ok", "warning", "error"]
 AnyRecipe = SFTRecipe | GRPORecipe
 
 _NO_CONTEXT = Context()
+NF4_ROWS = 16  # completions that Unsloth samples from NF4 weights in float16 without dequantising them for each token
 
 # What a tokenizer must give back as it was: compatibility jamo, old Hangul, hanja, IPA, quotes and dashes.
 SAMPLES = (
@@ -173,15 +183,16 @@ def _memory(recipe: AnyRecipe, shape: ModelShape | None, backend: Backend) -> It
             "go online, or name a folder with config.json",
         )
         return
-    found = estimate_recipe(recipe, shape, backend)
-    text = f"estimated peak {found.peak / GIB:.1f} GiB with backend {backend} ({found.table()})"
+    limit = USABLE_GIB[recipe.gpu] if recipe.gpu else None
     if torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory / GIB
-    elif recipe.gpu:
-        limit = USABLE_GIB[recipe.gpu]
-    else:
+    found = estimate_recipe(recipe, shape, backend, limit)
+    text = f"estimated peak {found.peak / GIB:.1f} GiB with backend {backend} ({found.table()})"
+    if limit is None:
         yield Finding("ok", text)
         return
+    if isinstance(recipe, GRPORecipe):
+        yield from _sampling(recipe, shape, backend, limit)
     if found.fits(limit):
         yield Finding("ok", f"{text}, of {limit:.1f}")
         return
@@ -190,6 +201,38 @@ def _memory(recipe: AnyRecipe, shape: ModelShape | None, backend: Backend) -> It
         f"{text}, of {limit:.1f} less {RESERVE:.0%} to spare",
         lever_text(recipe, shape, backend, limit),
     )
+
+
+def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: float) -> Iterator[Finding]:
+    """Yield what should sample quicker; docs/gpu.md says what of it is measured and what only read."""
+    from malpyeong.models.load import check_vllm
+
+    model, training = recipe.model, recipe.training
+    completions = training.batch_size * training.gradient_accumulation_steps
+    if backend == "unsloth" and model.load_in_4bit and model.dtype == "float16" and completions > NF4_ROWS:
+        yield Finding(
+            "warning",
+            f"{completions} completions are sampled together; above {NF4_ROWS} Unsloth dequantises the weights for each "
+            "token",
+            f"set training.gradient_accumulation_steps={max(1, NF4_ROWS // training.batch_size)}",
+        )
+    small = shape.block_parameters + shape.other_parameters <= 4.5e9
+    roomy = gib >= 0.95 * USABLE_GIB["24gb"]
+    sixteen = {"model.load_in_4bit": False} if model.load_in_4bit and small and roomy else {}
+    vllm = {} if training.use_vllm else {"training.use_vllm": True}
+    for values in filter(None, ({**sixteen, **vllm}, sixteen, vllm)):
+        changed = with_values(recipe, values)
+        try:
+            check_vllm(changed.model, changed.training.use_vllm)
+        except InputError:
+            continue
+        then = estimate_recipe(changed, shape, backend, gib)
+        if then.fits(gib):
+            overrides = " ".join(f"{name}={str(value).lower()}" for name, value in values.items())
+            stages = " (model.load_in_4bit in both stages)" if "model.load_in_4bit" in values else ""
+            text = f"{overrides}{stages} should sample quicker, with {then.peak / GIB:.1f} GiB by the estimate"
+            yield Finding("ok", f"{text}; not measured yet (docs/gpu.md)")
+            return
 
 
 def lever_text(recipe: AnyRecipe, shape: ModelShape, backend: Backend, gib: float) -> str:
