@@ -123,8 +123,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from trl import GRPOConfig, GRPOTrainer
 
-    from malpyeong.doctor import check
     from malpyeong.training.callbacks import StepClock
+    from malpyeong.training.preflight import check
 
     check(recipe, backend)
     models = load_models(weights, recipe.data.scorers)

@@ -94,8 +94,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from malpyeong.doctor import check
     from malpyeong.training.callbacks import StepClock
+    from malpyeong.training.preflight import check
 
     check(recipe, backend)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)

@@ -9,7 +9,7 @@ import torch
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.contest.records import load_records, write_records
-from malpyeong.doctor import SAMPLES, check, examine, examine_groups, examine_tokenizer
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.export import export
 from malpyeong.models.load import (
@@ -22,9 +22,9 @@ from malpyeong.models.load import (
 )
 from malpyeong.prompts.context import Context, write_contexts
 from malpyeong.prompts.messages import build_messages, fit_contexts, prompt_ids, prompt_length
-from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.callbacks import TrainingStoppedError, explain_out_of_memory, out_of_memory_text
+from malpyeong.training.preflight import SAMPLES, check, examine, examine_groups, examine_tokenizer
 
 TRAIN = load_records(DATA / "train.json", answers="gold")[:40]
 

@@ -374,6 +374,28 @@ def next_lever(
     return [f"{name}={str(value).lower()}" for name, value in pulled.items()], now
 
 
+def lever_text(recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend: Backend, gib: float) -> str:
+    """Return what to change where a recipe does not fit a card of ``gib`` GiB."""
+    try:
+        overrides, then = next_lever(recipe, shape, backend, gib)
+    except ValueError:
+        return "take a smaller model"
+    if any(override.startswith("model.lora.") for override in overrides):
+        overrides = [*overrides, "(in both stages)"]
+    more = "" if then.fits(gib) else ", which does not suffice alone; then a smaller model"
+    return f"{' '.join(overrides)} brings it to {then.peak / GIB:.1f} GiB{more}"
+
+
+def shape_of(name: str) -> ModelShape | None:
+    """Return a model's shape from its config.json or the list of known ones, or None."""
+    from transformers import AutoConfig
+
+    try:
+        return ModelShape.of(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, AttributeError):
+        return SHAPES.get(name)
+
+
 def _levers(recipe: "SFTRecipe | GRPORecipe") -> list[dict[str, Any]]:
     from malpyeong.config.recipe import GRPORecipe
 

@@ -11,7 +11,7 @@ import click
 from transformers import TrainerCallback
 
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
-from malpyeong.models.memory import Backend, estimate_recipe
+from malpyeong.models.memory import Backend, estimate_recipe, lever_text, shape_of
 
 if TYPE_CHECKING:
     from malpyeong.training.rewards import RewardRun
@@ -156,8 +156,6 @@ def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe | None, backend: Backen
 
 def out_of_memory_text(recipe: SFTRecipe | GRPORecipe | None, backend: Backend, peak: float, whole: float) -> str:
     """Return what to do after a run needed more than a card has, its peak and size in GiB."""
-    from malpyeong.doctor import lever_text, shape_of
-
     shape = shape_of(recipe.model.name) if recipe else None
     # The card was too small whatever the estimate says: aim for four fifths of what the estimate gives this recipe.
     if recipe is None:

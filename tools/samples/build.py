@@ -1,4 +1,4 @@
-"""Build the sample splits and the rule book from the item bank: ``python -m malpyeong.samples.build``.
+"""Build the sample splits and the rule book from the item bank: ``python -m tools.samples.build``.
 
 Every item has five sentence frames. One frame of each item is kept out of ``train``, for ``explore``, ``dev`` or
 ``test``, so that those splits ask known norms in sentences that SFT never saw. ``explore`` is what GRPO trains on: on
@@ -6,7 +6,7 @@ questions that SFT knows by heart the completions hardly differ and there is lit
 sixth sentence that is there only: what GRPO never asks, it forgets. One item in nine is kept out of training
 altogether and makes the ``unseen`` split. The rare forms (``specials.yaml``) have one sentence each, which the other
 splits ask with other words in its slots. ``contest_like`` stands in for the contest's own files (see
-:mod:`malpyeong.samples.contest_like`). The result depends on nothing but the bank.
+:mod:`tools.samples.contest_like`). The result depends on nothing but the bank.
 """
 
 import json
@@ -25,8 +25,8 @@ from malpyeong.contest.records import Record, write_records
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
 from malpyeong.samples import DATA
-from malpyeong.samples.bank import Item, attach, draw_words, fill, load_items, load_rules, load_specials
-from malpyeong.samples.contest_like import build_records
+from tools.samples.contest_like import build_records
+from tools.samples.items import Item, attach, draw_words, fill, load_items, load_rules, load_specials
 
 SPLITS = ("train", "explore", "dev", "test", "unseen")
 UNSEEN_EVERY = 9
