@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malpyeong.contest.rulebook import Rule, build_rule_book, load_rule_book, write_rule_book
+from malpyeong.contest.rulebook import Rule, load_rule_book, write_rule_book
+from malpyeong.contest.rulebook_reader import build_rule_book
 from malpyeong.errors import InputError
 from malpyeong.samples import DATA
 

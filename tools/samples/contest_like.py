@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from malpyeong.contest.answer import has_final_consonant
+from malpyeong.contest.particles import has_final_consonant
 from malpyeong.contest.records import Record
 from tools.samples import BANK
 from tools.samples.items import attach
