@@ -6,7 +6,7 @@ TORCH  ?= torch==2.13.0
 DATA   ?= data
 RUNS   ?= runs
 MODELS := tiny $(notdir $(basename $(wildcard recipes/models/*.yaml)))
-EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo '[gpu]')
+EXTRAS := [rules,retrieval$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ',gpu')]
 
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
