@@ -9,6 +9,7 @@ import click
 
 from malpyeong.errors import InputError
 from malpyeong.files import write_bytes
+from malpyeong.runs import logged
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -25,16 +26,19 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def series(log: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and values of what is plotted: dev and training loss, mean reward of each component."""
+    """Return steps and values of what is plotted: dev and training loss, mean reward of each component.
+
+    A step at which a component applied to no completion is left out.
+    """
     names = {"loss": "training loss", "eval_loss": "dev loss"}
     rewards = {key: key.split("/")[1] for row in log for key in row if _is_reward(key)}
     if rewards:
         names = rewards
     found: dict[str, tuple[list[int], list[float]]] = {}
     for key, name in names.items():
-        rows = [row for row in log if key in row]
-        if rows:
-            found[name] = ([int(row["step"]) for row in rows], [float(row[key]) for row in rows])
+        points = [(int(row["step"]), value) for row in log if (value := logged(row, key)) is not None]
+        if points:
+            found[name] = ([step for step, _ in points], [value for _, value in points])
     return found
 
 

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from malpyeong.config import GRPORecipe, SFTRecipe
 from malpyeong.memory import Backend, estimate_recipe
+from malpyeong.runs import logged
 
 STEPS = 10
 
@@ -44,21 +45,21 @@ class Guards(TrainerCallback):
 def _findings(logs: dict[str, Any]) -> dict[str, bool]:
     """Return for each thing that this row tells about whether it is wrong."""
     found = {}
-    numbers = [float(logs[key]) for key in ("loss", "grad_norm") if key in logs]
+    numbers = [float(logs[key]) for key in ("loss", "grad_norm") if logs.get(key) is not None]
     if numbers:
         found[
             "had a loss or gradient that is not a number; lower training.learning_rate, or set model.dtype"
         ] = not all(map(math.isfinite, numbers))
-    if "dead_groups" in logs:
+    if (dead := logged(logs, "dead_groups")) is not None:
         found[
             "had only dead groups: all answers to a question earn the same, so nothing can be learnt; raise "
             "training.temperature or training.num_generations, or take questions that the model does not know by heart"
-        ] = logs["dead_groups"] >= 1
-    if "completions/clipped_ratio" in logs:
+        ] = dead >= 1
+    if (clipped := logged(logs, "completions/clipped_ratio")) is not None:
         found[
             "cut off more than half of the completions; raise training.max_completion_length, or train SFT longer: "
             "the model has not learnt to stop"
-        ] = logs["completions/clipped_ratio"] > 0.5
+        ] = clipped > 0.5
     return found
 
 

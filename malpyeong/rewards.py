@@ -188,7 +188,8 @@ class RewardRun:
     that dead groups do not show. Logged once a step:
 
     - ``dead_groups``: share of groups whose answers all earn the same in every reward; nothing is learnt from them.
-    - ``spread/NAME``: standard deviation of a component within a group, mean over the groups.
+    - ``spread/NAME``: standard deviation of a component within a group, mean over the groups that it applies to; left
+      out where there is none.
     - ``reward_seconds``: what all the functions took together.
 
     TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
@@ -270,8 +271,8 @@ class RewardRun:
         found = {"reward_seconds": self._step_seconds}
         for name, rewards in self._step.items():
             known = [[value for value in group if value is not None] for group in self._groups(rewards)]
-            spreads = [statistics.stdev(group) for group in known if len(group) > 1]
-            found[f"spread/{name}"] = statistics.fmean(spreads) if spreads else 0.0
+            if spreads := [statistics.stdev(group) for group in known if len(group) > 1]:
+                found[f"spread/{name}"] = statistics.fmean(spreads)
         quiet = [self._without_noise(self._step[name]) for name, weight in self._weights.items() if weight]
         dead = [
             all(len({value for value in group if value is not None}) <= 1 for group in groups)

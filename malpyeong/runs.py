@@ -175,6 +175,15 @@ def adapter_digest(model: Any) -> str:  # noqa: ANN401 -- a PeftModel
     return found.hexdigest()
 
 
+def logged(row: Mapping[str, Any], key: str) -> float | None:
+    """Return a number of a logged step, or None where there is none.
+
+    Of a reward that applied to no completion of the step TRL logs None, its tables have NaN.
+    """
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def _digests(inputs: Sequence[Path]) -> dict[str, str]:
     return {str(path): digest(path) for path in inputs}
 

@@ -23,7 +23,7 @@ from malpyeong.prompts import (
     prompt_ids,
 )
 from malpyeong.records import Record, load_records
-from malpyeong.runs import adapter_digest, check_run, finish_run, has_ended, start_run
+from malpyeong.runs import adapter_digest, check_run, finish_run, has_ended, logged, start_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -286,8 +286,8 @@ def show_progress(trainer: Any) -> None:  # noqa: ANN401 -- a transformers Train
 def progress_line(step: int, logs: dict[str, Any]) -> str:
     """Return one line of the numbers that tell whether training goes well, or "" if there are none."""
     rewards = {key: key.split("/")[1] for key in logs if key.startswith("rewards/") and key.endswith("/mean")}
-    names = {**_SHOWN, **rewards}
-    parts = [f"{name} {float(logs[key]):.4g}" for key, name in names.items() if key in logs]
+    numbers = {name: logged(logs, key) for key, name in {**_SHOWN, **rewards}.items()}
+    parts = [f"{name} {number:.4g}" for name, number in numbers.items() if number is not None]
     return f"step {step}: {', '.join(parts)}" if parts else ""
 
 
