@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from malpyeong.errors import InputError
-from malpyeong.gpus import Gpu, detect, dial
+from malpyeong.gpus import Gpu, Stage, detect, dial
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -313,6 +313,11 @@ class RetrieverRecipe(Block):
 Recipe = TypeVar("Recipe", bound=Block)
 
 
+def stage_of(kind: type[Block]) -> Stage:
+    """Return which of the dial's tables a kind of recipe takes."""
+    return "grpo" if kind is GRPORecipe else "sft"
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str], kind: type[Recipe]) -> Recipe:
     """Read a recipe file and apply overrides such as ``training.learning_rate=1e-4``.
 
@@ -334,7 +339,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str], kind: type[Recipe]) 
         _apply(values, override)
     if values.get("gpu") == "auto":
         values["gpu"] = detect()
-    _fill(values, dial(values.get("gpu"), "grpo" if kind is GRPORecipe else "sft"))
+    _fill(values, dial(values.get("gpu"), stage_of(kind)))
     try:
         return kind.model_validate(values)
     except ValidationError as error:

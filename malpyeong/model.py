@@ -4,6 +4,7 @@ Training: Unsloth where a GPU that it supports and the package are present, else
 (QLoRA) works on both, on a CPU too.
 """
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -284,6 +285,34 @@ def check_adapter(adapter: str | Path | None) -> dict[str, Any]:
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{adapter}: the adapter is damaged ({error}); train or copy it again") from None
     return config
+
+
+def weight_files_digest(name: str) -> str | None:
+    """Return a digest that tells a model's weights from others', under whatever name; None if they are not here.
+
+    Of each weight file its size and 64 evenly spaced pieces of it: reading tens of gigabytes would take minutes.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except ValueError:  # not even the form of a hub id
+            return None
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    found = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        found.update(str(size).encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(1 << 14, size >> 6)):
+                file.seek(start)
+                found.update(file.read(1 << 14))
+    return found.hexdigest() if files else None
 
 
 def check_lora(model: "ModelBlock") -> None:

@@ -23,7 +23,17 @@ from malpyeong.prompts import (
     prompt_ids,
 )
 from malpyeong.records import Record, load_records
-from malpyeong.runs import adapter_digest, check_run, finish_run, has_ended, logged, start_run
+from malpyeong.runs import (
+    Inputs,
+    adapter_digest,
+    best_checkpoint,
+    check_run,
+    finish_run,
+    is_last,
+    logged,
+    run_has_ended,
+    start_run,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,24 +113,29 @@ def with_prompt_data(records: Sequence[Record], data: PromptData) -> Questions:
     return Questions(records, contexts, labels)
 
 
-def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[list[Path], Path | None] | None:
+def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path | None] | None:
     """Look at the run's folder before anything is loaded.
 
     Returns:
-        (the files that the run is made from, the checkpoint to go on from or None), or None if the run has ended, which
-        is said on the screen.
+        (what the run is made from, the checkpoint to go on from or None), or None if the run has ended, which is said
+        on the screen.
 
     Raises:
         InputError: see :func:`malpyeong.runs.check_run`; or the recipe's adapter is none.
     """
     output = Path(recipe.training.output)
-    named = (getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels"))
-    inputs = [Path(path) for path in named if path]
+    files = {name: getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels")}
+    inputs: dict[str, Path | list[Path] | str] = {f"data.{name}": Path(path) for name, path in files.items() if path}
     if recipe.model.adapter:
         check_adapter(recipe.model.adapter)
-        inputs.append(Path(recipe.model.adapter) / "adapter_model.safetensors")
+        inputs["model.adapter"] = Path(recipe.model.adapter) / "adapter_model.safetensors"
+    inputs["model.name"] = recipe.model.name
+    scorers = getattr(recipe.data, "scorers", None)
+    for name in ("bertscore", "bleurt"):
+        if scorer := getattr(scorers, name, None):
+            inputs[f"data.scorers.{name}"] = scorer
     checkpoint = check_run(output, recipe, inputs, resume)
-    if (output / "adapter").exists():
+    if run_has_ended(output, recipe):
         click.echo(f"{output / 'adapter'}: this run has ended already")
         return None
     return inputs, checkpoint
@@ -217,7 +232,7 @@ def train(
     tokenizer: "PreTrainedTokenizerBase",
     recipe: SFTRecipe | GRPORecipe,
     backend: Backend,
-    inputs: Sequence[Path],
+    inputs: Inputs,
     checkpoint: Path | None,
 ) -> None:
     """Train, and leave a complete run's folder.
@@ -227,7 +242,7 @@ def train(
         tokenizer: saved beside the adapter, with ``model.max_length`` for its ``model_max_length``.
         recipe: written down in the run's folder.
         backend: that the model was loaded with.
-        inputs: files that the run is made from.
+        inputs: what the run is made from.
         checkpoint: where to go on from; one that was written at the very end is only loaded.
 
     Raises:
@@ -241,14 +256,15 @@ def train(
     output = Path(recipe.training.output)
     keep_adapter_in_float32(trainer.model)
     show_progress(trainer)
+    keep_to_arguments(trainer)
     trainer.add_callback(Guards())
     before = adapter_digest(trainer.model)
     start_run(output, recipe, inputs)
     if checkpoint is not None:
         click.echo(f"going on from {checkpoint}")
-    if checkpoint is not None and has_ended(checkpoint):
+    if checkpoint is not None and is_last(checkpoint, getattr(recipe.training, "max_steps", None)):
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
+        trainer._load_from_checkpoint(str(best_checkpoint(checkpoint)))
     else:
         with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -281,6 +297,17 @@ def show_progress(trainer: Any) -> None:  # noqa: ANN401 -- a transformers Train
 
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ShortProgress)
+
+
+def keep_to_arguments(trainer: Any) -> None:  # noqa: ANN401 -- a transformers Trainer
+    """Let a resumed run save and log as often as its own arguments say, not as the checkpoint's said."""
+    from transformers import TrainerCallback
+
+    class OwnArguments(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+            state.compute_steps(args, state.max_steps)
+
+    trainer.add_callback(OwnArguments())
 
 
 def progress_line(step: int, logs: dict[str, Any]) -> str:

@@ -95,7 +95,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     if data.negatives >= len(rules):
         raise InputError(f"data.negatives={data.negatives}: {data.rules} has only {len(rules)} rules")
     output = Path(training.output)
-    inputs = [Path(data.train), Path(data.labels), Path(data.rules)]
+    files = {f"data.{name}": Path(getattr(data, name)) for name in ("train", "labels", "rules")}
+    inputs: dict[str, Path | list[Path] | str] = {**files, "model.name": model_block.name}
     checkpoint = check_run(output, recipe, inputs, resume == "auto")
     if (output / "model").exists():
         click.echo(f"{output / 'model'}: this run has ended already")
@@ -108,7 +109,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from transformers import set_seed
 
     from malpyeong.guards import Guards, explain_out_of_memory
-    from malpyeong.training import precision, show_progress
+    from malpyeong.training import keep_to_arguments, precision, show_progress
 
     set_seed(training.seed)
     model = load_encoder(model_block.name, model_block.dtype, model_block.max_length)
@@ -157,6 +158,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     )
     assert_arguments(trainer.args, stated)
     show_progress(trainer)
+    keep_to_arguments(trainer)
     before = adapter_digest(model)
     start_run(output, recipe, inputs)
     if checkpoint is not None:

@@ -3,18 +3,25 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
 from malpyeong.answer import contest_split
+from malpyeong.config import GRPORecipe, MiningRecipe, SFTRecipe, load_recipe
 from malpyeong.curves import plot, read_log, series
+from malpyeong.errors import InputError
+from malpyeong.model import load_tokenizer
 from malpyeong.records import load_records, write_records
 from malpyeong.report.run_page import read_run, run_page
-from malpyeong.samples import DATA
+from malpyeong.runs import check_run, start_run
+from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training import Questions, grpo_dataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,14 +71,18 @@ def data(tmp_path_factory):
     return folder
 
 
+def base(data, output):
+    return (f"model.name={TINY_BASE}", f"data.train={data / 'some.jsonl'}", f"training.output={output}")
+
+
 def sft(data, output, *overrides):
-    files = (f"data.train={data / 'some.jsonl'}", f"data.dev={data / 'dev.jsonl'}", f"training.output={output}")
+    files = (*base(data, output), f"data.dev={data / 'dev.jsonl'}")
     size = ("training.batch_size=10", "training.eval_steps=6", "training.epochs=5", "training.warmup_steps=2")
     return recipe("sft", *files, *size, *overrides)
 
 
 def grpo(data, output, adapter, *overrides):
-    files = (f"data.train={data / 'some.jsonl'}", f"model.adapter={adapter}", f"training.output={output}")
+    files = (*base(data, output), f"model.adapter={adapter}")
     size = ("training.batch_size=4", "training.num_generations=2", "training.max_completion_length=96")
     steps = ("training.max_steps=4", "training.save_steps=2", "training.lr_scheduler_type=constant_with_warmup")
     return recipe("grpo", *files, *size, *steps, *overrides)
@@ -115,3 +126,157 @@ def test_readers_of_logs_bear_none_and_nan(tmp_path):
     (tmp_path / "log.json").write_text(json.dumps(rows))
     assert series(read_log(tmp_path)) == {"rouge_1": ([3], [0.25])}
     plot(tmp_path, tmp_path / "run.png")
+
+
+@pytest.fixture(scope="module")
+def grpo_run(data, adapter, tmp_path_factory):
+    """A run of four steps."""
+    run = tmp_path_factory.mktemp("runs") / "grpo"
+    finished(grpo(data, run, adapter))
+    return run
+
+
+def test_a_finished_run_goes_on_elsewhere_as_if_it_had_been_longer_from_the_start(data, adapter, grpo_run, tmp_path):
+    """Folder, data and adapter have moved, and it saves at other steps: a second session on Kaggle."""
+    there = tmp_path / "그곳"
+    finished(grpo(data, there / "run", adapter, "training.max_steps=2"))
+    here = tmp_path / "여기"
+    shutil.copytree(there, here)
+    shutil.rmtree(there)
+    shutil.copytree(data, here / "data")
+    shutil.copytree(adapter, here / "adapter")
+    moved = (here / "data", here / "run", here / "adapter", "training.save_steps=3", "training.logging_steps=2")
+    output = finished(grpo(*moved, "gpu=24gb", "--resume", "auto", "training.max_steps=4"))
+    for line in ("data.train", "model.adapter", "training.max_steps 2 → 4", "training.save_steps 2 → 3", "gpu None"):
+        assert line in output
+    assert "data.scorers" not in output
+    assert same(weights(here / "run"), weights(grpo_run))
+    assert (here / "run" / "adapter-2" / "adapter_model.safetensors").exists()
+    state = json.loads((here / "run" / "checkpoint-4" / "trainer_state.json").read_text("utf-8"))
+    assert (state["save_steps"], state["logging_steps"]) == (3, 2)
+    assert [row["step"] for row in read_log(here / "run") if "reward" in row] == [1, 2, 4]
+    assert "max_steps: 4" in (here / "run" / "config.yaml").read_text("utf-8")
+    assert "has ended already" in finished(grpo(*moved, "gpu=24gb", "--resume", "auto"))
+
+
+def by_path(run, config):
+    """Name the digests of a run as earlier versions did."""
+    file = run / "environment.json"
+    environment = json.loads(file.read_text("utf-8"))
+    paths = {"model.adapter": Path(config["model"]["adapter"]) / "adapter_model.safetensors"}
+    paths["data.train"] = Path(config["data"]["train"])
+    environment["sha256"] = {str(path): environment["sha256"][key] for key, path in paths.items()}
+    file.write_text(json.dumps(environment), "utf-8")
+
+
+def test_a_run_of_an_earlier_version_is_understood(data, adapter, grpo_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(grpo_run, run)
+    by_path(run, yaml.safe_load((run / "config.yaml").read_text("utf-8")))
+    shutil.copytree(data, tmp_path / "data")
+    assert "has ended already" in finished(grpo(tmp_path / "data", run, adapter, "--resume", "auto"))
+    (tmp_path / "data" / "some.jsonl").write_bytes((data / "dev.jsonl").read_bytes())
+    line = refused(grpo(tmp_path / "data", run, adapter, "--resume", "auto"))
+    assert f"data.train={data / 'some.jsonl'}" in line
+
+
+def test_what_changes_learning_is_refused_with_the_override_that_keeps_it(data, adapter, grpo_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(grpo_run, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for change, keeps in (
+        (["training.learning_rate=1e-5"], ["training.learning_rate=0.0002"]),
+        (["data.rewards={format: 1}"], ['\'data.rewards={"format": 0.5, "exact_match": 1.0, "rouge_1": 1.0}\'']),
+        (["model.name=elsewhere"], [f"model.name={TINY_BASE}"]),
+        (["training.max_steps=2"], ["training.max_steps=4"]),
+        (["training.lr_scheduler_type=linear"], ["training.lr_scheduler_type=constant_with_warmup"]),
+        (
+            ["training.max_steps=8", "training.lr_scheduler_type=linear"],
+            ["training.max_steps=4", "training.lr_scheduler_type=constant_with_warmup", "model.adapter="],
+        ),
+    ):
+        line = refused(grpo(data, run, adapter, *change, "--resume", "auto"))
+        assert all(override in line for override in keeps), line
+    shutil.rmtree(run / "checkpoint-4")
+    line = refused(grpo(data, run, adapter, "training.max_steps=8", "--resume", "auto"))
+    assert "no checkpoint" in line
+    assert "training.max_steps=4" in line
+    assert {path: path.read_bytes() for path in before if "checkpoint-4" not in path.parts} == {
+        path: content for path, content in before.items() if "checkpoint-4" not in path.parts
+    }
+
+
+def test_sft_finds_its_best_checkpoint_where_the_folder_is_now(data, adapter, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(adapter.parent, tmp_path / "there")
+    state = json.loads((tmp_path / "there" / "checkpoint-30" / "trainer_state.json").read_text("utf-8"))
+    # As if the folder had been made where there is nothing any more.
+    state["best_model_checkpoint"] = str(tmp_path / "gone" / f"checkpoint-{state['best_global_step']}")
+    (tmp_path / "there" / "checkpoint-30" / "trainer_state.json").write_text(json.dumps(state), "utf-8")
+    (tmp_path / "there").rename(run)
+    line = refused(sft(data, run, "training.epochs=6", "--resume", "auto"))
+    assert "training.epochs=5" in line
+    assert "model.adapter=" in line
+    shutil.rmtree(run / "adapter")
+    finished(sft(data, run, "--resume", "auto"))
+    assert same(weights(run), weights(adapter.parent))
+    shutil.rmtree(run / "adapter")
+    state["best_global_step"] = 7
+    (run / "checkpoint-30" / "trainer_state.json").write_text(json.dumps(state), "utf-8")
+    assert f"{run / 'checkpoint-7'}: is missing" in refused(sft(data, run, "--resume", "auto"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_another_card_is_refused_by_the_presets_name(stage, tmp_path):
+    file, kind = ROOT / "recipes" / "qwen" / f"{stage}.yaml", {"sft": SFTRecipe, "grpo": GRPORecipe}[stage]
+    run, inputs = tmp_path / "run", {"data.train": DATA / "train.json"}
+
+    def resolved(*overrides):
+        return load_recipe(file, [f"training.output={run}", *overrides], kind)
+
+    start_run(run, resolved("gpu=t4"), inputs)
+    with pytest.raises(InputError) as error:
+        check_run(run, resolved("gpu=24gb", "training.max_grad_norm=0.5"), inputs, resume=True)
+    assert "add gpu=t4 training.max_grad_norm=1.0 to go on" in error.value.message
+    assert check_run(run, resolved("gpu=t4"), inputs, resume=True) is None
+    # The same numbers under the name of another card are the same run.
+    card = resolved("gpu=t4").model_dump()
+    stated = [f"model.{key}={card['model'][key]}" for key in ("dtype", "max_length")]
+    keys = ("batch_size", "gradient_accumulation_steps", *(["num_generations"] if stage == "grpo" else []))
+    stated += [f"training.{key}={card['training'][key]}" for key in keys]
+    assert check_run(run, resolved("gpu=24gb", *stated), inputs, resume=True) is None
+
+
+def test_a_run_of_several_files_and_of_a_model_that_moved(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"\0" * 100_000 + name.encode())
+        for part in "12":
+            (tmp_path / name / f"{part}.json").write_text(part)
+
+    def check(name, order="12"):
+        files = [tmp_path / name / f"{part}.json" for part in order]
+        stated = [f"data.questions={json.dumps([str(file) for file in files])}", f"model.name={tmp_path / name}"]
+        recipe = load_recipe(ROOT / "recipes" / "tiny" / "mine.yaml", stated, MiningRecipe)
+        inputs = {"data.questions": files, "model.name": str(tmp_path / name)}
+        if not (tmp_path / "run").exists():
+            start_run(tmp_path / "run", recipe, inputs)
+        return check_run(tmp_path / "run", recipe, inputs, resume=True)
+
+    check("a")
+    with pytest.raises(InputError, match=f"model.name={tmp_path / 'a'}"):
+        check("b")
+    (tmp_path / "b" / "model.safetensors").write_bytes((tmp_path / "a" / "model.safetensors").read_bytes())
+    check("b")
+    with pytest.raises(InputError, match=r"data\.questions="):
+        check("b", order="21")
+
+
+@pytest.mark.parametrize(("fewer", "more"), [(1, 7), (5, 24), (60, 61)])
+def test_the_order_of_a_longer_run_begins_with_that_of_a_shorter_one(data, fewer, more):
+    tokenizer, questions = load_tokenizer(str(TINY_BASE)), Questions(load_records(data / "some.jsonl")[:12])
+    short, long = (
+        grpo_dataset(tokenizer, questions, 768, 96, prompts, seed=3)["record_id"] for prompts in (fewer, more)
+    )
+    assert (len(short), len(long)) == (fewer, more)
+    assert list(long)[:fewer] == list(short)
