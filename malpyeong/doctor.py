@@ -7,6 +7,7 @@ command also loads it and samples groups of answers, to see that rewards differ 
 error is found, 2 where the recipe or the data cannot be read.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import yaml
 
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
+from malpyeong.config import GRPORecipe, GRPOTraining, SFTRecipe, load_recipe
 from malpyeong.context import Context
 from malpyeong.environment import prepare_environment, version_problems
 from malpyeong.errors import InputError
@@ -96,8 +97,10 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     yield from _versions()
     yield from _card(recipe)
     names = ["train", "dev"] if isinstance(recipe, SFTRecipe) else ["train"]
-    records = [record for name in names for record in load_records(getattr(recipe.data, name), answers="gold")]
+    splits = [load_records(getattr(recipe.data, name), answers="gold") for name in names]
+    records = [record for split in splits for record in split]
     yield from _batches(recipe, len(records))
+    yield from _warm_up(recipe, len(splits[0]))
     shape = shape_of(recipe.model.name)
     yield from _memory(recipe, shape, backend)
     yield from _disk(recipe, shape)
@@ -161,6 +164,26 @@ def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
     passes = recipe.training.max_steps * questions / records
     text = f"{records} questions; a step samples {questions} × {group} = {rollouts} completions"
     yield Finding("ok", f"{text}; {recipe.training.max_steps} steps ask each question {passes:.1f} times")
+
+
+def _warm_up(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
+    """Yield where the learning rate, which is 0 at the first step of a warm-up, does not get to what is stated."""
+    training = recipe.training
+    if isinstance(training, GRPOTraining):
+        steps = training.max_steps
+    else:
+        batches = math.ceil(records / training.batch_size)
+        steps = math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
+    if not training.warmup_steps or steps > training.warmup_steps:
+        return
+    cure = "set training.warmup_steps=0, or train longer"
+    if steps == 1:
+        yield Finding("error", "warm-up makes the learning rate of the only step 0: nothing would be learnt", cure)
+    else:
+        share = (steps - 1) / training.warmup_steps
+        yield Finding(
+            "warning", f"the {steps} steps end within warm-up, at {share:.0%} of training.learning_rate", cure
+        )
 
 
 def _memory(recipe: AnyRecipe, shape: ModelShape | None, backend: Backend) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """Stop a run that can learn nothing, and say why: silence costs an evening of somebody's GPU."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from malpyeong.config import GRPORecipe, SFTRecipe
 from malpyeong.memory import Backend, estimate_recipe
-from malpyeong.runs import logged
+from malpyeong.runs import logged, weights_digest
 
 STEPS = 10
 
@@ -61,6 +61,34 @@ def _findings(logs: dict[str, Any]) -> dict[str, bool]:
             "the model has not learnt to stop"
         ] = clipped > 0.5
     return found
+
+
+def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that training has left something to use.
+
+    Args:
+        weights: what is trained, name → tensor.
+        before: :func:`malpyeong.runs.weights_digest` of them before training.
+        log: what the trainer logged.
+
+    Raises:
+        TrainingStoppedError: they are as before, or hold what is no number.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+        raise TrainingStoppedError("training has left weights that are not numbers; lower training.learning_rate")
+    if weights_digest(weights) != before:
+        return
+    rates, gradients = ([logged(row, key) for row in log if key in row] for key in ("learning_rate", "grad_norm"))
+    if rates and all(rate == 0 for rate in rates):
+        reason = "the learning rate was 0 at every step: warm-up is longer than the run; set training.warmup_steps=0"
+    elif gradients and all(gradient == 0 for gradient in gradients):
+        reason = (
+            "every gradient was 0, as where all answers to a question earn the same; raise training.temperature, or "
+            "take other questions"
+        )
+    else:
+        reason = "look at the loss and the rewards of the steps above"
+    raise TrainingStoppedError(f"training has changed no weight: {reason}")
 
 
 @contextmanager

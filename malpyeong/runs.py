@@ -25,7 +25,7 @@ from malpyeong.config import Block, stage_of
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
 from malpyeong.gpus import dial
-from malpyeong.model import weight_files_digest
+from malpyeong.model import save_tokenizer, weight_files_digest
 
 PACKAGES = (
     "malpyeong",
@@ -267,7 +267,6 @@ def finish_run(
     model: Any,  # noqa: ANN401 -- a PeftModel
     tokenizer: Any,  # noqa: ANN401 -- a transformers tokenizer
     base: str,
-    before: str,
     log: Sequence[Mapping[str, Any]],
 ) -> None:
     """Save the log and, last and whole, the trained adapter.
@@ -277,28 +276,26 @@ def finish_run(
         model: the trained model.
         tokenizer: saved beside the adapter.
         base: name of the base model, recorded in the adapter (Unsloth puts a quantised copy's name there).
-        before: :func:`adapter_digest` before training.
         log: what the trainer logged.
-
-    Raises:
-        RuntimeError: the adapter is what it was before training, that is, nothing was learnt.
     """
-    if adapter_digest(model) == before:
-        raise RuntimeError("training has not changed the adapter: nothing was learnt (rewards all equal? labels?)")
     model.peft_config["default"].base_model_name_or_path = base
     write_text(output / "log.json", json.dumps(list(log), ensure_ascii=False, indent=1) + "\n")
     with new_folder(output / "adapter") as folder:
         model.save_pretrained(folder, selected_adapters=["default"])
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
 
-def adapter_digest(model: Any) -> str:  # noqa: ANN401 -- a PeftModel
-    """Return a digest of the weights that are trained."""
+def trained_weights(model: Any) -> dict[str, Any]:  # noqa: ANN401 -- a PeftModel or any torch module
+    """Return the weights that are trained, name → tensor."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def weights_digest(weights: Mapping[str, Any]) -> str:
+    """Return a digest of weights, name → tensor."""
     found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found.update(name.encode())
-            found.update(parameter.detach().float().cpu().numpy().tobytes())
+    for name, tensor in weights.items():
+        found.update(name.encode())
+        found.update(tensor.float().cpu().numpy().tobytes())
     return found.hexdigest()
 
 

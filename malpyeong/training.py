@@ -13,7 +13,7 @@ from malpyeong.config import GRPORecipe, PromptData, SFTRecipe
 from malpyeong.context import Context, load_contexts
 from malpyeong.errors import InputError, printable
 from malpyeong.memory import Backend
-from malpyeong.model import check_adapter, pick_dtype
+from malpyeong.model import adapter_folder, check_adapter, pick_dtype
 from malpyeong.prompts import (
     Message,
     completion_ids,
@@ -25,7 +25,6 @@ from malpyeong.prompts import (
 from malpyeong.records import Record, load_records
 from malpyeong.runs import (
     Inputs,
-    adapter_digest,
     best_checkpoint,
     check_run,
     finish_run,
@@ -33,6 +32,8 @@ from malpyeong.runs import (
     logged,
     run_has_ended,
     start_run,
+    trained_weights,
+    weights_digest,
 )
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path
     inputs: dict[str, Path | list[Path] | str] = {f"data.{name}": Path(path) for name, path in files.items() if path}
     if recipe.model.adapter:
         check_adapter(recipe.model.adapter)
-        inputs["model.adapter"] = Path(recipe.model.adapter) / "adapter_model.safetensors"
+        inputs["model.adapter"] = adapter_folder(recipe.model.adapter) / "adapter_model.safetensors"
     inputs["model.name"] = recipe.model.name
     scorers = getattr(recipe.data, "scorers", None)
     for name in ("bertscore", "bleurt"):
@@ -246,19 +247,19 @@ def train(
         checkpoint: where to go on from; one that was written at the very end is only loaded.
 
     Raises:
-        RuntimeError: nothing was learnt.
-        TrainingStoppedError: going on is pointless (see ``malpyeong.guards``), or the GPU's memory does not suffice.
+        TrainingStoppedError: going on is pointless (see ``malpyeong.guards``), nothing was learnt, or the GPU's memory
+            does not suffice.
     """
     from transformers import TrainerState
 
-    from malpyeong.guards import Guards, explain_out_of_memory
+    from malpyeong.guards import Guards, check_learnt, explain_out_of_memory
 
     output = Path(recipe.training.output)
     keep_adapter_in_float32(trainer.model)
     show_progress(trainer)
     keep_to_arguments(trainer)
     trainer.add_callback(Guards())
-    before = adapter_digest(trainer.model)
+    before = weights_digest(trained_weights(trainer.model))
     start_run(output, recipe, inputs)
     if checkpoint is not None:
         click.echo(f"going on from {checkpoint}")
@@ -268,8 +269,10 @@ def train(
     else:
         with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    log = trainer.state.log_history
+    check_learnt(trained_weights(trainer.model), before, log)
     tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it
-    finish_run(output, trainer.model, tokenizer, recipe.model.name, before, trainer.state.log_history)
+    finish_run(output, trainer.model, tokenizer, recipe.model.name, log)
 
 
 # What a step's line shows, in this order; everything else is in log.json.

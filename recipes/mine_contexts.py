@@ -23,7 +23,7 @@ import click
 from malpyeong.config import MiningRecipe, load_recipe
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile, check_writable, write_text
-from malpyeong.model import check_adapter, load_for_prediction, load_tokenizer
+from malpyeong.model import adapter_folder, check_adapter, load_for_prediction, load_tokenizer
 from malpyeong.records import Record, load_records
 from malpyeong.rules import load_rule_book
 from malpyeong.runs import check_run, start_run
@@ -62,7 +62,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
         inputs["data.context"] = Path(data.context)
     if model_block.adapter:
         check_adapter(model_block.adapter)
-        inputs["model.adapter"] = Path(model_block.adapter) / "adapter_model.safetensors"
+        inputs["model.adapter"] = adapter_folder(model_block.adapter) / "adapter_model.safetensors"
     plan = make_plan(
         load_tokenizer(model_block.name), questions, rules, candidates, model_block.max_length, mining.batch_tokens
     )

@@ -34,7 +34,7 @@ from malpyeong.retrieval.neural import load_encoder, query_text
 from malpyeong.retrieval.question import read_question
 from malpyeong.retrieval.search import Retriever, rule_documents
 from malpyeong.rules import Rule, load_rule_book
-from malpyeong.runs import adapter_digest, assert_arguments, check_run, start_run
+from malpyeong.runs import assert_arguments, check_run, start_run, trained_weights, weights_digest
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -108,7 +108,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from transformers import set_seed
 
-    from malpyeong.guards import Guards, explain_out_of_memory
+    from malpyeong.guards import Guards, check_learnt, explain_out_of_memory
+    from malpyeong.model import check_target_modules, name_old_tokenizer_class
     from malpyeong.training import keep_to_arguments, precision, show_progress
 
     set_seed(training.seed)
@@ -117,6 +118,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         from peft import LoraConfig, TaskType
 
         lora = model_block.lora
+        check_target_modules(model[0].model, lora.target_modules)
         model.add_adapter(
             LoraConfig(
                 task_type=TaskType.FEATURE_EXTRACTION,
@@ -159,14 +161,13 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     assert_arguments(trainer.args, stated)
     show_progress(trainer)
     keep_to_arguments(trainer)
-    before = adapter_digest(model)
+    before = weights_digest(trained_weights(model))
     start_run(output, recipe, inputs)
     if checkpoint is not None:
         click.echo(f"going on from {checkpoint}")
     with explain_out_of_memory(None):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if adapter_digest(model) == before:
-        raise RuntimeError("training has not changed the model: nothing was learnt")
+    check_learnt(trained_weights(model), before, trainer.state.log_history)
     if model_block.lora:
         from peft import PeftModel
 
@@ -176,6 +177,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
             model[0].model = PeftModel.from_pretrained(model[0].model, adapter).merge_and_unload()
     with new_folder(output / "model") as folder:
         model.save_pretrained(str(folder), create_model_card=False)
+        name_old_tokenizer_class(folder)
     click.echo(f"{output / 'model'}: {trainer.state.global_step} steps on {len(rows)} questions and {len(rules)} rules")
 
 

@@ -280,3 +280,20 @@ def test_the_order_of_a_longer_run_begins_with_that_of_a_shorter_one(data, fewer
     )
     assert (len(short), len(long)) == (fewer, more)
     assert list(long)[:fewer] == list(short)
+
+
+def test_one_step_of_warm_up_is_refused_before_anything_is_loaded(data, adapter, tmp_path):
+    line = refused(grpo(data, tmp_path / "grpo", adapter, "training.max_steps=1", "training.save_steps=1"))
+    assert "training.warmup_steps=0" in line
+    line = refused(sft(data, tmp_path / "sft", "training.epochs=0.1"))
+    assert "training.warmup_steps=0" in line
+    assert not list(tmp_path.iterdir())
+    result = sft(data, tmp_path / "sft", "training.epochs=0.1", "training.warmup_steps=0", f"model.adapter={adapter}")
+    assert "end within warm-up" not in finished(result)
+
+
+def test_a_run_that_learnt_nothing_ends_in_one_line(data, adapter, tmp_path):
+    frozen = ("training.temperature=0.001", "training.max_steps=2", "training.warmup_steps=0")
+    line = refused(grpo(data, tmp_path / "run", adapter, *frozen), code=3)
+    assert "every gradient was 0" in line
+    assert not (tmp_path / "run" / "adapter").exists()
