@@ -167,22 +167,17 @@ def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
 
 
 def _warm_up(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
-    """Yield where the learning rate, which is 0 at the first step of a warm-up, does not get to what is stated."""
     training = recipe.training
     if isinstance(training, GRPOTraining):
         steps = training.max_steps
     else:
         batches = math.ceil(records / training.batch_size)
         steps = math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
-    if not training.warmup_steps or steps > training.warmup_steps:
-        return
-    cure = "set training.warmup_steps=0, or train longer"
-    if steps == 1:
-        yield Finding("error", "warm-up makes the learning rate of the only step 0: nothing would be learnt", cure)
-    else:
-        share = (steps - 1) / training.warmup_steps
+    if steps == 1 and training.warmup_steps:
         yield Finding(
-            "warning", f"the {steps} steps end within warm-up, at {share:.0%} of training.learning_rate", cure
+            "error",
+            "the run has one step, at which warm-up makes the learning rate 0: nothing would be learnt",
+            "set training.warmup_steps=0, or train longer",
         )
 
 

@@ -74,10 +74,11 @@ def export(
         max_new_tokens: length limit of the compared answers.
 
     Raises:
-        InputError: the adapter or its base cannot be loaded, or ``output`` exists.
+        InputError: the adapter or its base cannot be loaded, or ``output`` exists or cannot be written.
         click.ClickException: the merged model differs from the adapter model; nothing is written.
     """
     import torch
+    from safetensors import SafetensorError
 
     from malpyeong.doctor import SAMPLES
     from malpyeong.engines import Decoding, TransformersEngine
@@ -116,7 +117,11 @@ def export(
         logits = _logits(model, texts)
         merged = model.merge_and_unload(safe_merge=True)
         merged.generation_config = _plain(merged.generation_config)
-        merged.save_pretrained(folder)
+        try:
+            merged.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            size = sum(weight.numel() for weight in merged.parameters()) * chosen.itemsize / 2**30
+            raise InputError(f"{output}: cannot be written ({error}); the model takes {size:.1f} GiB there") from None
         _name_old_config_keys(folder / "config.json")
         save_tokenizer(tokenizer, folder, [*SAMPLES, *(record.question for record in check), *answers.values()])
         del model, merged

@@ -177,7 +177,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
             model[0].model = PeftModel.from_pretrained(model[0].model, adapter).merge_and_unload()
     with new_folder(output / "model") as folder:
         model.save_pretrained(str(folder), create_model_card=False)
-        name_old_tokenizer_class(folder)
+        for file in folder.rglob("tokenizer_config.json"):
+            name_old_tokenizer_class(file.parent)
     click.echo(f"{output / 'model'}: {trainer.state.global_step} steps on {len(rows)} questions and {len(rules)} rules")
 
 

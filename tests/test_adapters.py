@@ -135,6 +135,16 @@ def test_a_generation_config_that_cannot_be_saved_is_no_end_of_an_export(values,
     assert (generation.eos_token_id, generation.repetition_penalty, generation.temperature) == (2, None, None)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files as POSIX systems can")
+def test_a_disk_that_does_not_hold_the_merged_model_is_one_line(adapter, tmp_path):
+    command = [sys.executable, "-m", "malpyeong.export", adapter, "-o", tmp_path / "merged", "--check-records", "1"]
+    limited = f"ulimit -f 512; {shlex.join(map(str, command))}"
+    result = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert f"{tmp_path / 'merged'}: cannot be written" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_programs_of_transformers_4_can_load_what_is_written(adapter, merged, tmp_path):
     reference = load_tokenizer(str(TINY_BASE))
     for folder in (adapter, merged):

@@ -288,8 +288,7 @@ def test_one_step_of_warm_up_is_refused_before_anything_is_loaded(data, adapter,
     line = refused(sft(data, tmp_path / "sft", "training.epochs=0.1"))
     assert "training.warmup_steps=0" in line
     assert not list(tmp_path.iterdir())
-    result = sft(data, tmp_path / "sft", "training.epochs=0.1", "training.warmup_steps=0", f"model.adapter={adapter}")
-    assert "end within warm-up" not in finished(result)
+    finished(sft(data, tmp_path / "sft", "training.epochs=0.1", "training.warmup_steps=0", f"model.adapter={adapter}"))
 
 
 def test_a_run_that_learnt_nothing_ends_in_one_line(data, adapter, tmp_path):
