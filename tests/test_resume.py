@@ -140,6 +140,7 @@ def test_a_finished_run_goes_on_elsewhere_as_if_it_had_been_longer_from_the_star
     """Folder, data and adapter have moved, and it saves at other steps: a second session on Kaggle."""
     there = tmp_path / "그곳"
     finished(grpo(data, there / "run", adapter, "training.max_steps=2"))
+    shutil.copytree(there / "run", tmp_path / "killed")
     here = tmp_path / "여기"
     shutil.copytree(there, here)
     shutil.rmtree(there)
@@ -157,6 +158,13 @@ def test_a_finished_run_goes_on_elsewhere_as_if_it_had_been_longer_from_the_star
     assert [row["step"] for row in read_log(here / "run") if "reward" in row] == [1, 2, 4]
     assert "max_steps: 4" in (here / "run" / "config.yaml").read_text("utf-8")
     assert "has ended already" in finished(grpo(*moved, "gpu=24gb", "--resume", "auto"))
+
+    # Killed when it had just begun to become longer.
+    killed, config = tmp_path / "killed", tmp_path / "killed" / "config.yaml"
+    (killed / "adapter").rename(killed / "adapter-2")
+    config.write_text(config.read_text("utf-8").replace("max_steps: 2", "max_steps: 4"), "utf-8")
+    finished(grpo(data, killed, adapter, "--resume", "auto"))
+    assert same(weights(killed), weights(grpo_run))
 
 
 def by_path(run, config):
