@@ -144,7 +144,7 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
 @click.argument("model")
 @click.argument("questions", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Prediction file to write.")
-@click.option("--adapter", help="Folder of a LoRA adapter to put on MODEL.")
+@click.option("--adapter", help="Folder or hub id of a LoRA adapter to put on MODEL.")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--max-new-tokens",
@@ -228,7 +228,7 @@ def main(
     from tqdm import tqdm
 
     from malpyeong.decoding.engines import Decoding
-    from malpyeong.models.load import tokenizer_for_prediction
+    from malpyeong.models.load import adapter_folder, tokenizer_for_prediction
 
     decoding = Decoding(decoding_name == "constrained", samples, temperature, seed, max_new_tokens)
     tokenizer = tokenizer_for_prediction(model, adapter)
@@ -236,7 +236,7 @@ def main(
     made_of = {
         "questions": digest(questions),
         "model": model_digest(model),
-        "adapter": adapter and model_digest(adapter),
+        "adapter": adapter and model_digest(str(adapter_folder(adapter))),
         "context": context and digest(context),
         **asdict(decoding),
         **{"batch_size": batch_size, "dtype": dtype, "load_in_4bit": load_in_4bit, "engine": engine_name},

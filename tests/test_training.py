@@ -116,7 +116,7 @@ def test_sft_learns_and_leaves_a_complete_folder(sft_run):
     assert all(("loss" in row) == ("step_seconds" in row) for row in log)
     environment = json.loads((sft_run / "environment.json").read_text("utf-8"))
     assert environment["versions"]["trl"] == "1.14.2"
-    assert len(environment["sha256"]) == 2
+    assert environment["sha256"].keys() == {"data.train", "data.dev", "model.name"}
     assert "learning_rate: 0.002" in (sft_run / "config.yaml").read_text("utf-8")
     assert any(tensor.abs().max() > 0 for name, tensor in weights(sft_run).items() if "lora_B" in name)
 
@@ -323,11 +323,11 @@ def test_resuming_with_other_data_is_refused(data, sft_run, tmp_path):
     run = tmp_path / "run"
     copy_run(sft_run, run)
     recorded = json.loads((run / "environment.json").read_text("utf-8"))
-    recorded["sha256"][str(data / "train.jsonl")] = "0" * 64
+    recorded["sha256"]["data.train"] = "0" * 64
     (run / "environment.json").write_text(json.dumps(recorded), "utf-8")
     process = start(*sft_command(data, run), "--resume", "auto")
     assert process.wait() == 2
-    assert "train.jsonl" in process.stdout.read()
+    assert f"data.train {data / 'train.jsonl'}" in process.stdout.read()
 
 
 def test_resuming_with_another_recipe_is_refused(data, sft_run):

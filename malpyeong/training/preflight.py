@@ -4,6 +4,7 @@ Every finding is one line with its cure. Both training scripts look first, witho
 doctor also loads it and samples groups of answers, to see that rewards differ within a group.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from malpyeong.config.gpu import USABLE_GIB, nearest
-from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.config.recipe import GRPORecipe, GRPOTraining, SFTRecipe
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.models.environment import version_problems
@@ -102,8 +103,10 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     yield from _versions()
     yield from _card(recipe)
     names = ["train", "dev"] if isinstance(recipe, SFTRecipe) else ["train"]
-    records = [record for name in names for record in load_records(getattr(recipe.data, name), answers="gold")]
+    splits = [load_records(getattr(recipe.data, name), answers="gold") for name in names]
+    records = [record for split in splits for record in split]
     yield from _batches(recipe, len(records))
+    yield from _warm_up(recipe, len(splits[0]))
     shape = shape_of(recipe.model.name)
     yield from _memory(recipe, shape, backend)
     yield from _disk(recipe, shape)
@@ -169,6 +172,21 @@ def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
     yield Finding("ok", f"{text}; {recipe.training.max_steps} steps ask each question {passes:.1f} times")
 
 
+def _warm_up(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
+    training = recipe.training
+    if isinstance(training, GRPOTraining):
+        steps = training.max_steps
+    else:
+        batches = math.ceil(records / training.batch_size)
+        steps = math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
+    if steps == 1 and training.warmup_steps:
+        yield Finding(
+            "error",
+            "the run has one step, at which warm-up makes the learning rate 0: nothing would be learnt",
+            "set training.warmup_steps=0, or train longer",
+        )
+
+
 def _memory(recipe: AnyRecipe, shape: ModelShape | None, backend: Backend) -> Iterator[Finding]:
     import torch
 
@@ -208,8 +226,8 @@ def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: floa
     if backend == "unsloth" and model.load_in_4bit and model.dtype == "float16" and completions > NF4_ROWS:
         yield Finding(
             "warning",
-            f"{completions} completions are sampled together; above {NF4_ROWS} Unsloth dequantises the weights for each "
-            "token",
+            f"{completions} completions are sampled together; above {NF4_ROWS} Unsloth dequantises the weights for "
+            "each token",
             f"set training.gradient_accumulation_steps={max(1, NF4_ROWS // training.batch_size)}",
         )
     small = shape.block_parameters + shape.other_parameters <= 4.5e9
