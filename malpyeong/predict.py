@@ -6,6 +6,7 @@ crash or a kill, to the same file. What is written is repaired last (``malpyeong
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
@@ -249,6 +250,7 @@ def main(
     except (KeyError, TypeError):
         raise part.damaged() from None
     done = {place for place, record in enumerate(records) if record.id in found}
+    seconds = 0.0
     if len(done) < len(records):
         if done:
             click.echo(f"going on from {part.path}: {len(done)} of {len(records)} answers are there")
@@ -256,11 +258,13 @@ def main(
         try:
             engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, by_id)
             score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
+            start = time.perf_counter()
             with tqdm(total=len(records), initial=len(done), desc="predict", unit="record") as bar:
                 for place, answer in predict(engine, records, batch_size, done, score):
                     found[records[place].id] = answer
                     part.add({"id": records[place].id, "answer": answer})
                     bar.update(place not in done)
+            seconds = time.perf_counter() - start
         except torch.OutOfMemoryError:
             begun = f"; first remove {part.path}" if part.path.exists() else ""
             smaller = "" if load_in_4bit else ", or add --load-in-4bit"
@@ -283,7 +287,7 @@ def main(
     write_records(output, answered)
     part.remove()
     well_formed = sum(format_problem(record.answer or "") is None for record in answered)
-    click.echo(f"{output}: {len(records)} answers, {well_formed} well formed")
+    click.echo(f"{output}: {len(records)} answers, {well_formed} well formed; {seconds:.1f} s after loading")
 
 
 if __name__ == "__main__":
