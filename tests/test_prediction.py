@@ -19,6 +19,7 @@ from malpyeong.contest.answer import answer_grammar, format_problem, parse_answe
 from malpyeong.contest.question import options, verdicts
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.contest.repair import finish
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.decoding.engines import (
     MIN_CONSTRAINED_TOKENS,
     Decoding,
@@ -34,7 +35,6 @@ from malpyeong.models.load import load_for_prediction, load_tokenizer, tokenizer
 from malpyeong.predict import fitted, main, predict
 from malpyeong.prompts.context import Context, write_contexts
 from malpyeong.prompts.messages import build_messages, prompt_ids, prompt_length
-from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from tests.conftest import ROOT
 

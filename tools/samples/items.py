@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from malpyeong.contest.particles import attach as attach
-from malpyeong.samples import BANK
+from tools.samples import BANK
 
 FILES = ("spacing", "spelling1", "spelling2", "standard", "standard2", "loanword", "punctuation")
 
