@@ -37,7 +37,6 @@ PACKAGES = (
     "python-mecab-ko",
     "sentencepiece",
     "sentence-transformers",
-    "bm25s",
     "kiwipiepy",
     "unsloth",
 )
