@@ -20,7 +20,7 @@ from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import build_messages, fit_contexts, left_out, prompt_ids, prompt_length
 from malpyeong.prompts.rule_choice import Labels, find_labels
 from malpyeong.retrieval.bm25 import BM25, EditBM25, Index, terms
-from malpyeong.retrieval.edits import Edit, asked_edit, edit_between, solved_edit
+from malpyeong.retrieval.edits import asked_edit, edit_between, solved_edit
 from malpyeong.retrieval.evaluate import (
     evaluate_examples,
     evaluate_floor,

@@ -96,8 +96,8 @@ class BM25:
 
 
 class EditBM25:
-    """What is asked: :class:`BM25` of the words and of the edit (:class:`~malpyeong.retrieval.edits.Edit`), added up with
-    a little for the same question type.
+    """What is asked: BM25 of the words (:class:`BM25`) and of the edit (:mod:`malpyeong.retrieval.edits`), added up
+    with a little for the same question type.
 
     Args:
         documents: solved questions.

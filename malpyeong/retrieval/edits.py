@@ -23,7 +23,7 @@ class Edit(NamedTuple):
     """What differs between sentences.
 
     Attributes:
-        changed: each letter that differs, and each place's letters as a whole, whichever way they change: ``ㄱ``, ``ㄲ``,
+        changed: each letter that differs, and all of a place together, whichever way they change: ``ㄱ``, ``ㄲ``,
             ``ㄱ|ㄲ``; ``@SPACE`` for a space.
         around: pieces of two and three letters that hold the change or touch it. Of a single sentence, in which it
             is not known what changes, all pieces.
@@ -31,6 +31,9 @@ class Edit(NamedTuple):
 
     changed: tuple[str, ...] = ()
     around: tuple[str, ...] = ()
+
+
+NO_EDIT = Edit()
 
 
 def asked_edit(record: Record) -> Edit:

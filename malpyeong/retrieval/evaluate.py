@@ -1,8 +1,8 @@
 """How well rules and solved examples are found, beside what chance and an oracle would find.
 
 Rules are judged by exact ids: one rule is right for a question, and a document counts only if its id is that rule's.
-Examples are judged by what they are for: the ROUGE-1 of the nearest example's reason, copied as it stands. Together with
-a sentence that the question itself offers they make the floor: what an answer without any model scores.
+Examples are judged by what they are for: the ROUGE-1 of the nearest example's reason, copied as it stands. With a
+sentence that the question itself offers, that reason makes the floor: what an answer without any model scores.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
 """Rules to choose among, from what similar solved questions needed.
 
-The labels of the most similar solved questions vote, each with its similarity and with its rules' gains as shares of the
-best one's; the votes and BM25 over the rules' texts are brought to mean 0 and standard deviation 1 over the rules, and
-added.
+The labels of the most similar solved questions vote: each gives its rules their gains, as shares of the best one's,
+times its similarity. The votes and BM25 over the rules' texts are brought to mean 0 and standard deviation 1 over the
+rules, and added.
 
 Nothing of a question's own answer or label reaches its candidates: what is asked is a
 :class:`~malpyeong.retrieval.search.Query`, which holds no answer, and where the question is one of the solved ones, it

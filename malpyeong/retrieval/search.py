@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from malpyeong.contest.records import Record
-from malpyeong.retrieval.edits import Edit, asked_edit, solved_edit
+from malpyeong.retrieval.edits import NO_EDIT, Edit, asked_edit, solved_edit
 from malpyeong.retrieval.question import changed_words, read_question, readings
 from malpyeong.rules import Rule
 
@@ -58,7 +58,7 @@ class Document:
     id: str
     text: str
     focus: tuple[str, ...] = ()
-    edit: Edit = Edit()
+    edit: Edit = NO_EDIT
     record: Record | None = None
 
 
