@@ -33,8 +33,7 @@ from malpyeong.prompts.rule_choice import load_labels
 from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.evaluate import check_labels
 from malpyeong.retrieval.neural import load_encoder, query_text
-from malpyeong.retrieval.question import read_question
-from malpyeong.retrieval.search import Retriever, rule_documents
+from malpyeong.retrieval.search import Retriever, read_query, rule_documents
 from malpyeong.training.run import (
     assert_arguments,
     check_run,
@@ -60,7 +59,7 @@ def training_rows(
         # Every row needs as many negatives: where BM25 finds too few, the book's other rules follow in their order.
         others = dict.fromkeys([*(hit.id for hit in hits), *text])
         hard = [id_ for id_ in others if id_ != right][:negatives]
-        row = {"anchor": query_text(read_question(record.question)), "positive": text[right]}
+        row = {"anchor": query_text(read_query(record)), "positive": text[right]}
         rows.append(row | {f"negative_{number}": text[id_] for number, id_ in enumerate(hard, 1)})
     return rows
 

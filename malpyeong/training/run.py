@@ -42,7 +42,6 @@ PACKAGES = (
     "python-mecab-ko",
     "sentencepiece",
     "sentence-transformers",
-    "bm25s",
     "kiwipiepy",
     "unsloth",
 )
