@@ -130,7 +130,7 @@ def example_documents(records: Sequence[Record]) -> list[Document]:
     for record in records:
         if record.answer is None:
             raise ValueError(f"record {record.id} has no answer")
-        text = read_question(record.question).text
+        text = read_record(record).text
         documents.append(Document(record.id, text, changed_words(record), solved_edit(record), record))
     return documents
 
