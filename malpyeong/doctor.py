@@ -7,6 +7,7 @@ command also loads it and samples groups of answers, to see that rewards differ 
 error is found, 2 where the recipe or the data cannot be read.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import click
 from malpyeong.config.gpu import USABLE_GIB, nearest
 from malpyeong.config.load import read_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.contest.leaks import answer_problems, ids, shared_questions
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.models.environment import prepare_environment, version_problems
@@ -27,7 +29,7 @@ from malpyeong.training.data import (
     Questions,
     check_lengths,
     labelled_share,
-    load_questions,
+    load_train,
     recalled_share,
     with_prompt_data,
 )
@@ -95,8 +97,10 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
 
     yield from _versions()
     yield from _card(recipe)
-    names = ["train", "dev"] if isinstance(recipe, SFTRecipe) else ["train"]
-    records = [record for name in names for record in load_records(getattr(recipe.data, name), answers="gold")]
+    records = load_train(recipe.data)
+    if isinstance(recipe, SFTRecipe):
+        records += load_records(recipe.data.dev, answers="gold")
+    yield from _data(recipe)
     yield from _batches(recipe, len(records))
     shape = shape_of(recipe.model.name)
     yield from _memory(recipe, shape, backend)
@@ -148,6 +152,27 @@ def _card(recipe: AnyRecipe) -> Iterator[Finding]:
         yield Finding("error", f"gpu is {gpu}, but {card.name} has {size:.1f} GiB", cure)
     else:
         yield Finding("ok", f"{card.name}, {size:.1f} GiB; the recipe computes in {dtype}")
+
+
+def _data(recipe: AnyRecipe) -> Iterator[Finding]:
+    data = recipe.data
+    splits = {name: load_records(path) for name in ("train", "dev", "test") if (path := getattr(data, name))}
+    problems = []
+    for (name, records), (other_name, others) in itertools.combinations(splits.items(), 2):
+        shared = shared_questions(records, others)
+        if shared:
+            text = f"{len(shared)} of {len(records)} questions of data.{name} are in data.{other_name} ({ids(shared)})"
+            if (name, other_name) != ("train", "dev"):
+                problems.append(Finding("warning", text))
+            elif data.drop_leaks:
+                problems.append(Finding("warning", f"{text} and are left out"))
+            else:
+                problems.append(Finding("warning", text, "leave them out with --drop-leaks"))
+    for name, records in splits.items():
+        problems += [Finding("warning", f"data.{name}: {problem}") for problem in answer_problems(records)]
+    yield from problems or [
+        Finding("ok", f"{', '.join(splits)}: no question stands in two files or with two answers, all answers in form")
+    ]
 
 
 def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
@@ -411,7 +436,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     from malpyeong.training.rewards import RewardRun, load_models
 
     training, weights = recipe.training, recipe.data.rewards
-    questions = load_questions(recipe.data.train, recipe.data)
+    questions = with_prompt_data(load_train(recipe.data), recipe.data)
     records = questions.records[:groups]
     contexts = questions.contexts[:groups] if questions.contexts else [_NO_CONTEXT] * len(records)
     run = RewardRun(
@@ -471,10 +496,13 @@ def _range(values: Sequence[float | None]) -> str:
 @click.command()
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--quick", is_flag=True, help="Do not load the model.")
-def main(recipe_file: Path, overrides: tuple[str, ...], quick: bool) -> None:
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, quick: bool) -> None:
     """Look whether RECIPE will run, fit and learn."""
     prepare_environment()
+    if drop_leaks:
+        overrides = (*overrides, "data.drop_leaks=true")
     recipe = read_recipe(recipe_file, overrides)
     if not isinstance(recipe, SFTRecipe | GRPORecipe):
         raise InputError(f"{recipe_file}: is a recipe of stage {recipe.stage}; the doctor looks at sft and grpo")

@@ -26,7 +26,8 @@ from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.callbacks import TrainingStoppedError, explain_out_of_memory, out_of_memory_text
 
-TRAIN = load_records(DATA / "train.json", answers="gold")[:40]
+RECORDS = load_records(DATA / "train.json", answers="gold")
+TRAIN, DEV = RECORDS[:40], RECORDS[40:48]
 
 
 @pytest.fixture
@@ -34,11 +35,12 @@ def data(tmp_path):
     folder = tmp_path / "자료 폴더"
     folder.mkdir()
     write_records(folder / "train.json", TRAIN)
+    write_records(folder / "dev.json", DEV)
     return folder / "train.json"
 
 
 def sft(data, *overrides):
-    files = [f"data.train={data}", f"data.dev={data}"]
+    files = [f"data.train={data}", f"data.dev={data.with_name('dev.json')}"]
     return load_recipe("recipes/tiny/sft.yaml", [*files, *overrides], SFTRecipe)
 
 
@@ -304,7 +306,7 @@ def test_groups_are_sampled_and_dead_ones_found(data):
 
 
 def test_the_command_ends_with_1_for_an_error_and_2_for_bad_input(data, run_module, tmp_path):
-    files = (f"data.train={data}", f"data.dev={data}")
+    files = (f"data.train={data}", f"data.dev={data.with_name('dev.json')}")
     result = run_module("-m", "malpyeong.doctor", "recipes/tiny/sft.yaml", *files)
     assert result.returncode == 0, result.stderr
     assert all(line.startswith("ok ") for line in result.stdout.splitlines())
