@@ -108,7 +108,7 @@ def test_prompts_are_measured_with_what_training_puts_into_them(data, tmp_path):
         ]
 
     for recipe in (grpo, sft):
-        context, lengths = lines(recipe(data, f"data.context={path}", "model.max_length=5000"))
+        context, lengths = lines(recipe(data, f"data.dev={data}", f"data.context={path}", "model.max_length=5000"))
         assert context.level == lengths.level == "ok"
         times = 2 if recipe is sft else 1  # train and dev
         assert f"{40 * times} rules and {80 * times} solved examples" in context.text
