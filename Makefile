@@ -59,7 +59,7 @@ format: $(STAMP) ## let ruff format the code
 	$(RUN) -m ruff format .
 
 samples: $(STAMP) ## rebuild malpyeong/samples/data from the item bank
-	$(RUN) -m malpyeong.samples.build
+	$(RUN) -m tools.samples.build
 
 tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
 	$(RUN) tools/tiny_base.py -o "$(RUNS)/tiny_base"

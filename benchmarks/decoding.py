@@ -22,7 +22,7 @@ import click
 import torch
 
 from malpyeong.contest.answer import parse_answer
-from malpyeong.contest.options import options
+from malpyeong.contest.question import options
 from malpyeong.contest.records import Record, load_records
 from malpyeong.contest.repair import repair
 from malpyeong.decoding.engines import Decoding, TransformersEngine

@@ -37,9 +37,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.models.load import load_for_prediction, load_tokenizer
 from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
-from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.mining import NO_RULE, make_plan
 from malpyeong.training.perplexity import perplexities, shared_prefix

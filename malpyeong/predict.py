@@ -75,7 +75,7 @@ def repaired(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
     counts: Counter[str] = Counter()
     mended = []
     for record in records:
-        answer, kinds = repair(record.answer or "")
+        answer, kinds = repair(record.answer or "", record.question)
         counts.update(kinds)
         mended.append(record.with_answer(answer))
     return mended, counts

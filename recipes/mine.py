@@ -23,10 +23,10 @@ import click
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import MiningRecipe
 from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile, check_writable, write_text
 from malpyeong.models.load import check_adapter, load_for_prediction, load_tokenizer
-from malpyeong.rules import load_rule_book
 from malpyeong.training.run import check_run, start_run
 
 

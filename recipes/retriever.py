@@ -26,6 +26,7 @@ import click
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import RetrieverRecipe
 from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.files import new_folder
 from malpyeong.prompts.rule_choice import load_labels
@@ -34,7 +35,6 @@ from malpyeong.retrieval.evaluate import check_labels
 from malpyeong.retrieval.neural import load_encoder, query_text
 from malpyeong.retrieval.question import read_question
 from malpyeong.retrieval.search import Retriever, rule_documents
-from malpyeong.rules import Rule, load_rule_book
 from malpyeong.training.run import adapter_digest, assert_arguments, check_run, start_run
 
 if TYPE_CHECKING:

@@ -108,7 +108,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from malpyeong.doctor import check
+    from malpyeong.training.callbacks import StepClock
+    from malpyeong.training.preflight import check
 
     check(recipe, backend)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
@@ -121,7 +122,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
         processing_class=tokenizer,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience)],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience), StepClock()],
     )
     assert_arguments(trainer.args, stated)
     train(trainer, tokenizer, recipe, backend, inputs, checkpoint)

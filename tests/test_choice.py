@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, PromptData, SFTRecipe
 from malpyeong.contest.records import Record, load_records, write_records
-from malpyeong.doctor import examine
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.models.load import load_tokenizer
 from malpyeong.predict import main as predict_command
@@ -28,10 +28,10 @@ from malpyeong.prompts.rule_choice import (
     split_choice,
     tag,
 )
-from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training import rewards
 from malpyeong.training.data import Questions, grpo_dataset, load_questions, sft_dataset
+from malpyeong.training.preflight import examine
 
 RULES = tuple(load_rule_book(DATA / "rules.json"))
 TRAIN = load_records(DATA / "train.json", answers="gold")[:12]

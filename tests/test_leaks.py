@@ -8,10 +8,10 @@ from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.contest.leaks import answer_problems, ids, shared_questions
 from malpyeong.contest.records import load_records, write_records
-from malpyeong.doctor import check, examine
 from malpyeong.errors import InputError
 from malpyeong.samples import DATA
 from malpyeong.training.data import load_train
+from malpyeong.training.preflight import check, examine
 
 RECORDS = sorted(load_records(DATA / "train.json", answers="gold"), key=lambda record: len(record.question))[:40]
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.rulebook import Rule, load_rule_book, write_rule_book
 from malpyeong.errors import InputError
 from malpyeong.metrics.rouge import rouge_1
 from malpyeong.models.load import load_tokenizer
@@ -21,7 +22,6 @@ from malpyeong.retrieval.bm25 import BM25, terms
 from malpyeong.retrieval.evaluate import evaluate_examples, evaluate_rules, methods, rank_measures, rouge_matrix
 from malpyeong.retrieval.question import changed_words, read_question, readings
 from malpyeong.retrieval.search import Document, Retriever, example_documents, rule_documents
-from malpyeong.rules import Rule, load_rule_book, write_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 
 TRAIN = load_records(DATA / "train.json", answers="gold")
@@ -45,6 +45,8 @@ def correction(id_, sentence, answer=None):
         (f'"{{가/나}}는 {{다 라/다라/마}}." {CHOOSE}', "는 .", ("가", "나", "다 라", "다라", "마")),
         (f'{CORRECT}\n"밥을 먹던지 자라."', "밥을 먹던지 자라.", ()),
         (f"{CORRECT}\n― 밥을 먹던지.", "― 밥을 먹던지.", ()),
+        ('"{가／나}는 {를, 도}." 고르세요.', "는 {를, 도}. 고르세요.", ("가", "나")),
+        ("다음 중 고르세요.\n- 먹든지.\n- 먹던지.", "다음 중 고르세요. - 먹든지. - 먹던지.", ("먹든지.", "먹던지.")),
         ("다음 문장에 쉼표를 넣으세요.\n\"'{ }'\"", "다음 문장에 쉼표를 넣으세요. '{ }'", ()),
         (
             '다음 중 고르세요.\n"밥을 먹든지."\n"밥을 먹던지."',

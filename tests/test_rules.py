@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from malpyeong.contest.rulebook import Rule, load_rule_book, write_rule_book
+from malpyeong.contest.rulebook_reader import build_rule_book
 from malpyeong.errors import InputError
-from malpyeong.rules import Rule, build_rule_book, load_rule_book, write_rule_book
 from malpyeong.samples import DATA
 
 SECTIONS = {  # category → (norm, how many): 115 sections with the distribution of the contest's document

@@ -12,8 +12,8 @@ import pytest
 from malpyeong.contest.answer import contest_split, format_problem, parse_answer
 from malpyeong.contest.records import load_records
 from malpyeong.samples import DATA
-from malpyeong.samples.bank import attach, draw_words, fill, load_items, load_rules, load_specials
-from malpyeong.samples.build import SPLITS, build_splits, split_frames, write_splits
+from tools.samples.build import SPLITS, build_splits, split_frames, write_splits
+from tools.samples.items import attach, draw_words, fill, load_items, load_rules, load_specials
 
 ITEMS = {item.id: item for item in load_items()}
 

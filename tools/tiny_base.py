@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from malpyeong.contest.answer import INSTRUCTION
 from malpyeong.files import digest, new_folder
-from malpyeong.samples.bank import Item, draw_words, fill, load_rules
-from malpyeong.samples.build import CHOOSE, CORRECT, build_splits, conclusion, split_frames
+from tools.samples.build import CHOOSE, CORRECT, build_splits, conclusion, split_frames
+from tools.samples.items import Item, draw_words, fill, load_rules
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINKING = ("<think>", "</think>")

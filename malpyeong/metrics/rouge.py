@@ -2,7 +2,8 @@
 
 rouge-score's own tokenizer keeps ``[a-z0-9]`` only, so two identical Korean texts score 0; ours cuts a text
 into mecab-ko-dic morphemes. Text: the first 1,000 whitespace words, lower-cased, everything but
-``[A-Za-z0-9가-힣]`` replaced by a space. ROUGE-1 is clipped unigram F1 without stemming (Lin 2004, alpha 0.5).
+``[A-Za-z0-9가-힣]`` replaced by a space, and only then stripped: mecab reads a text that begins with a space as other
+morphemes. ROUGE-1 is clipped unigram F1 without stemming (Lin 2004, alpha 0.5).
 """
 
 import re
@@ -27,7 +28,7 @@ class MorphemeTokenizer(tokenizers.Tokenizer):  # type: ignore[misc]
     def tokenize(self, text: str) -> list[str]:
         """Return the morphemes that count for ROUGE."""
         words = " ".join(text.split()[:MAX_WORDS])[:MAX_CHARS].lower()
-        return list(self._mecab.morphs(_NOT_SCORED.sub(" ", words)))
+        return list(self._mecab.morphs(_NOT_SCORED.sub(" ", words).strip()))
 
 
 @cache

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from malpyeong.errors import InputError
 from malpyeong.models.environment import version_problems
-from malpyeong.models.memory import Backend
+from malpyeong.models.memory import VLLM_SHARE, Backend
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from malpyeong.config.recipe import ModelBlock
-
-VLLM_SHARE = 0.4  # of the card's memory, for vLLM's weights and caches where it samples
 
 # On CPUs with avx512_bf16 bitsandbytes looks for an optional kernel on the hub and warns if it is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from malpyeong.contest.records import Record, json_lines, record_from_json
+from malpyeong.contest.rulebook import Rule, rule_from_json
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text, write_text
 from malpyeong.prompts.rule_choice import is_readable
-from malpyeong.rules import Rule, rule_from_json
 
 EXPECTED = "the output of python -m malpyeong.retrieval search"
 

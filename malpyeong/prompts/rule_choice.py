@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from malpyeong.contest.records import Record, json_lines, parse_json
+from malpyeong.contest.rulebook import Rule
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text
-from malpyeong.rules import Rule
 
 INSTRUCTION = (
     "먼저 한 줄에 [규범 후보] 가운데 이 문제에 적용되는 것의 이름을 [규범 한글 맞춤법 제1항]과 같이 쓰고, "

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import Record
+from malpyeong.contest.rulebook import Rule
 from malpyeong.errors import InputError, printable
 from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents
-from malpyeong.rules import Rule
 
 if TYPE_CHECKING:
     import numpy as np

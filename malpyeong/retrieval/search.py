@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from malpyeong.contest.answer import parse_answer
 from malpyeong.contest.records import Record
+from malpyeong.contest.rulebook import Rule
 from malpyeong.retrieval.question import Question, changed_words, read_question, readings
-from malpyeong.rules import Rule
 
 if TYPE_CHECKING:
     import numpy as np

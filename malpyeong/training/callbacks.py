@@ -1,15 +1,20 @@
-"""Stop a run that can learn nothing, and say why: silence costs an evening of somebody's GPU."""
+"""What watches a run: stop one that can learn nothing, and say why; time each step and note its memory."""
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import click
 from transformers import TrainerCallback
 
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
-from malpyeong.models.memory import Backend, estimate_recipe
+from malpyeong.models.memory import Backend, estimate_recipe, lever_text, shape_of
+
+if TYPE_CHECKING:
+    from malpyeong.training.rewards import RewardRun
 
 STEPS = 10
 
@@ -62,6 +67,76 @@ def _findings(logs: dict[str, Any]) -> dict[str, bool]:
     return found
 
 
+class StepClock(TrainerCallback):
+    """Put into the trainer's log what a step took, and the GPU's memory at its fullest moment.
+
+    Where several steps are logged together: their mean, and the peak of all.
+
+    - ``step_seconds``: without evaluating, logging and saving.
+    - ``generate_seconds``, ``reward_seconds``, ``update_seconds``: what GRPO's sampling, rewards and all the rest took.
+    - ``peak_allocated_gib``, ``peak_reserved_gib``: as torch's allocator counts them; not on a CPU.
+
+    Args:
+        rewards: of a GRPO run.
+    """
+
+    def __init__(self, rewards: "RewardRun | None" = None) -> None:
+        self._rewards = rewards
+        self._steps: list[dict[str, float]] = []
+        self._start = self._generated = self._rewarded = 0.0
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Count what is done inside as sampling."""
+        start = _synchronised()
+        yield
+        self._generated += _synchronised() - start
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Start the clock."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._generated, self._rewarded = 0.0, self._rewards.seconds if self._rewards else 0.0
+        self._start = _synchronised()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Note what the step took."""
+        import torch
+
+        step = {"step_seconds": _synchronised() - self._start}
+        if self._rewards is not None:
+            step["generate_seconds"] = self._generated
+            step["reward_seconds"] = self._rewards.seconds - self._rewarded
+            step["update_seconds"] = step["step_seconds"] - step["generate_seconds"] - step["reward_seconds"]
+        if torch.cuda.is_available():
+            step["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            step["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        self._steps.append(step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
+        """Add the figures to what was logged of training, here and in the trainer's history."""
+        if "loss" not in (logs or {}) or not self._steps:
+            return
+        found = {}
+        for name in self._steps[0]:
+            values = [step[name] for step in self._steps]
+            found[name] = max(values) if name.startswith("peak_") else fmean(values)
+        logs.update(found)
+        state.log_history[-1].update(found)
+        self._steps = []
+
+
+def _synchronised() -> float:
+    """Return the time, in seconds, at which all that was asked of the GPU is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @contextmanager
 def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe | None, backend: Backend = "hf") -> Iterator[None]:
     """Turn a GPU's out-of-memory error into the measured peak and the lever to pull next.
@@ -81,8 +156,6 @@ def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe | None, backend: Backen
 
 def out_of_memory_text(recipe: SFTRecipe | GRPORecipe | None, backend: Backend, peak: float, whole: float) -> str:
     """Return what to do after a run needed more than a card has, its peak and size in GiB."""
-    from malpyeong.doctor import lever_text, shape_of
-
     shape = shape_of(recipe.model.name) if recipe else None
     # The card was too small whatever the estimate says: aim for four fifths of what the estimate gives this recipe.
     if recipe is None:

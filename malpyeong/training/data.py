@@ -277,7 +277,9 @@ _SHOWN = {
     "completions/mean_length": "tokens",
     "completions/clipped_ratio": "cut off",
     "grad_norm": "gradient",
-    "reward_seconds": "reward seconds",
+    "step_seconds": "seconds",
+    "generate_seconds": "sampling",
+    "reward_seconds": "rewards",
 }
 
 

@@ -1,4 +1,4 @@
-"""Build the sample splits and the rule book from the item bank: ``python -m malpyeong.samples.build``.
+"""Build the sample splits and the rule book from the item bank: ``python -m tools.samples.build``.
 
 Every item has five sentence frames. One frame of each item is kept out of ``train``, for ``explore``, ``dev`` or
 ``test``, so that those splits ask known norms in sentences that SFT never saw. ``explore`` is what GRPO trains on: on
@@ -6,7 +6,7 @@ questions that SFT knows by heart the completions hardly differ and there is lit
 sixth sentence that is there only: what GRPO never asks, it forgets. One item in nine is kept out of training
 altogether and makes the ``unseen`` split. The rare forms (``specials.yaml``) have one sentence each, which the other
 splits ask with other words in its slots. ``contest_like`` stands in for the contest's own files (see
-:mod:`malpyeong.samples.contest_like`). The result depends on nothing but the bank.
+:mod:`tools.samples.contest_like`). The result depends on nothing but the bank.
 """
 
 import json
@@ -19,13 +19,14 @@ from typing import Any
 
 import click
 
-from malpyeong.contest.answer import subject_particle, write_answer
+from malpyeong.contest.answer import write_answer
+from malpyeong.contest.particles import subject_particle
 from malpyeong.contest.records import Record, write_records
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
 from malpyeong.samples import DATA
-from malpyeong.samples.bank import Item, attach, draw_words, fill, load_items, load_rules, load_specials
-from malpyeong.samples.contest_like import build_records
+from tools.samples.contest_like import build_records
+from tools.samples.items import Item, attach, draw_words, fill, load_items, load_rules, load_specials
 
 SPLITS = ("train", "explore", "dev", "test", "unseen")
 UNSEEN_EVERY = 9
@@ -139,9 +140,9 @@ def _choice(item: Item, sentence: str, rng: random.Random) -> str:
     options = [form for form in (item.right, item.wrong, item.wrong2, item.also_right) if form]
     rng.shuffle(options)
     roll = rng.random()
-    if roll < 0.03:  # stray spaces, as in the contest
+    if roll < 0.03 and not item.also_right:  # stray spaces, as in the contest
         options = [rng.choice((f" {option}", f"{option} ", option)) for option in options]
-    if 0.03 <= roll < 0.07:
+    if 0.03 <= roll < 0.07 or item.also_right:  # braces have one right alternative
         lines = "\n".join(f'"{sentence.replace("[]", option)}"' for option in options)
         return f"{WHICH_LINE}\n{lines}"
     return f'"{sentence.replace("[]", "{" + "/".join(options) + "}")}" {CHOOSE}'

@@ -1,7 +1,7 @@
 """The stand-in for the contest's files: invented questions with the statistics of the real ones.
 
 ``bank/contest_like.yaml`` holds the questions, with a short notation for what is right in each;
-:mod:`malpyeong.samples.build` makes ``data/contest_like.json`` from it. The particle of an answer is decided here and
+:mod:`tools.samples.build` makes ``data/contest_like.json`` from it. The particle of an answer is decided here and
 not by the package, which is measured against it.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from malpyeong.contest.answer import has_final_consonant
+from malpyeong.contest.particles import has_final_consonant
 from malpyeong.contest.records import Record
-from malpyeong.samples import BANK
-from malpyeong.samples.bank import attach
+from tools.samples import BANK
+from tools.samples.items import attach
 
 _CHOOSE = '"%s" 가운데 올바른 것을 선택하고, 그 이유를 설명하세요.'
 _CORRECT = "다음 문장에서 어문 규범에 부합하지 않는 부분을 찾아 고치고, 그 이유를 설명하세요."
