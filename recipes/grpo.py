@@ -33,7 +33,7 @@ from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import VLLM_SHARE, Backend
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS
-from malpyeong.training.data import grpo_dataset, load_questions, open_run, precision, train
+from malpyeong.training.data import grpo_dataset, load_train, open_run, precision, train, with_prompt_data
 from malpyeong.training.rewards import RewardRun, load_models
 from malpyeong.training.run import assert_arguments
 
@@ -106,13 +106,16 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
 @click.command()
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
     """Train a LoRA adapter by GRPO, as RECIPE says."""
     prepare_environment()
+    if drop_leaks:
+        overrides = (*overrides, "data.drop_leaks=true")
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
-    questions = load_questions(recipe.data.train, recipe.data)
+    questions = with_prompt_data(load_train(recipe.data), recipe.data)
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return

@@ -23,7 +23,15 @@ from malpyeong.config.recipe import SFTRecipe
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import Backend
-from malpyeong.training.data import load_questions, open_run, precision, sft_dataset, train
+from malpyeong.training.data import (
+    load_questions,
+    load_train,
+    open_run,
+    precision,
+    sft_dataset,
+    train,
+    with_prompt_data,
+)
 from malpyeong.training.run import assert_arguments
 
 
@@ -76,13 +84,19 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
 @click.command()
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
     """Train a LoRA adapter by SFT, as RECIPE says."""
     prepare_environment()
+    if drop_leaks:
+        overrides = (*overrides, "data.drop_leaks=true")
     recipe = load_recipe(recipe_file, overrides, SFTRecipe)
     model_block, training = recipe.model, recipe.training
-    splits = {name: load_questions(getattr(recipe.data, name), recipe.data) for name in ("train", "dev")}
+    splits = {
+        "train": with_prompt_data(load_train(recipe.data), recipe.data),
+        "dev": load_questions(recipe.data.dev, recipe.data),
+    }
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return

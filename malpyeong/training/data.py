@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.config.recipe import GRPORecipe, Mode, PromptData, SFTRecipe
+from malpyeong.config.recipe import GRPORecipe, Mode, PromptData, SFTRecipe, TrainingData
+from malpyeong.contest.leaks import shared_questions
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError, printable
 from malpyeong.models.load import adapter_folder, check_adapter, pick_dtype
@@ -73,6 +74,21 @@ class Questions:
             for place, context in enumerate(self.contexts):
                 lengths[place] += max(tokens[name] for name in (NONE, *(rule.id for rule in context.rules)))
         return lengths
+
+
+def load_train(data: TrainingData) -> list[Record]:
+    """Read the questions of ``data.train``, without those of ``data.dev`` where ``data.drop_leaks`` says so.
+
+    Raises:
+        InputError: a file is defective, or no question is left.
+    """
+    records = load_records(data.train, answers="gold")
+    if data.drop_leaks and data.dev:
+        leaked = {record.id for record in shared_questions(records, load_records(data.dev))}
+        records = [record for record in records if record.id not in leaked]
+        if not records:
+            raise InputError(f"{data.train}: every question is in {data.dev} too; name another data.train or data.dev")
+    return records
 
 
 def load_questions(path: str, data: PromptData) -> Questions:

@@ -58,6 +58,7 @@ FREE = (
     "training.logging_steps",
     "training.gradient_checkpointing",
     "data.scorers.device",
+    "data.test",  # only compared with train
 )
 MAX_STEPS = "training.max_steps"
 
