@@ -32,15 +32,15 @@ from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import VLLM_SHARE, choose_backend, load_for_training
 from malpyeong.models.memory import Backend
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS
+from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.data import grpo_dataset, load_questions, open_run, precision, train
 from malpyeong.training.rewards import RewardRun, load_models
-from malpyeong.training.run import assert_arguments
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
     """Return the trainer's arguments.
 
-    Every one that matters is stated, and asserted once the trainer is made: Unsloth's trainers have other defaults.
+    Every one that matters is stated, and looked at again once the trainer is made: Unsloth's have other defaults.
     """
     model_block, training = recipe.model, recipe.training
     return {
@@ -138,14 +138,16 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     )
 
     stated = arguments(recipe, backend)
+    config = GRPOConfig(**stated)
+    expected = expected_arguments(config, stated)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=rewards.functions,
-        args=GRPOConfig(**stated),
+        args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
     )
-    assert_arguments(trainer.args, stated)
+    check_arguments(trainer.args, expected)
     start = time.perf_counter()
     train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
     share = rewards.seconds / (time.perf_counter() - start)

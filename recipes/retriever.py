@@ -35,7 +35,8 @@ from malpyeong.retrieval.neural import load_encoder, query_text
 from malpyeong.retrieval.question import read_question
 from malpyeong.retrieval.search import Retriever, rule_documents
 from malpyeong.rules import Rule, load_rule_book
-from malpyeong.training.run import adapter_digest, assert_arguments, check_run, start_run
+from malpyeong.training.arguments import check_arguments, expected_arguments
+from malpyeong.training.run import adapter_digest, check_run, start_run
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -149,14 +150,16 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "report_to": [],
         **precision(model_block.dtype),
     }
+    config = SentenceTransformerTrainingArguments(**stated)
+    expected = expected_arguments(config, stated)
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=SentenceTransformerTrainingArguments(**stated),
+        args=config,
         train_dataset=Dataset.from_list(rows),
         loss=MultipleNegativesRankingLoss(model, scale=training.scale),
         callbacks=[Guards()],
     )
-    assert_arguments(trainer.args, stated)
+    check_arguments(trainer.args, expected)
     show_progress(trainer)
     before = adapter_digest(model)
     start_run(output, recipe, inputs)

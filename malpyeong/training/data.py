@@ -11,6 +11,7 @@ import click
 from malpyeong.config.recipe import GRPORecipe, Mode, PromptData, SFTRecipe
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError, printable
+from malpyeong.models.environment import keep_compiled_code
 from malpyeong.models.load import check_adapter, pick_dtype
 from malpyeong.models.memory import Backend
 from malpyeong.prompts.context import Context, load_contexts
@@ -246,6 +247,11 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
     else:
+        if backend == "unsloth":
+            folder = keep_compiled_code()
+            click.echo(
+                f"the first step compiles, which may take a minute; {folder} keeps the result for the next start"
+            )
         with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it

@@ -9,7 +9,6 @@ step) and ``adapter/``.
 import hashlib
 import importlib.metadata
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -112,23 +111,6 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda folder: -int(folder.name.removeprefix("checkpoint-")))
 
 
-def assert_arguments(arguments: object, stated: Mapping[str, Any]) -> None:
-    """Make sure that a trainer kept every argument that the recipe stated.
-
-    Unsloth's generated trainers change some silently.
-
-    Raises:
-        RuntimeError: names each changed argument with both values.
-    """
-    changed = [
-        f"{name} is {getattr(arguments, name, None)!r}, stated {value!r}"
-        for name, value in stated.items()
-        if not _same(getattr(arguments, name, None), value)
-    ]
-    if changed:
-        raise RuntimeError(f"the trainer changed what the recipe states: {'; '.join(changed)}")
-
-
 def has_ended(checkpoint: Path) -> bool:
     """Tell whether training had ended (all steps done, or stopped early) when a checkpoint was written."""
     state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
@@ -211,9 +193,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif a != b:
             found.append(f"{prefix}{key}")
     return found
-
-
-def _same(found: Any, stated: Any) -> bool:  # noqa: ANN401 -- any argument's value
-    if isinstance(stated, float) and isinstance(found, float):
-        return math.isclose(found, stated, rel_tol=1e-9)
-    return bool(found == stated or str(getattr(found, "value", found)) == str(stated))
