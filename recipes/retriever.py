@@ -34,8 +34,8 @@ from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.evaluate import check_labels
 from malpyeong.retrieval.neural import load_encoder, query_text
 from malpyeong.retrieval.search import Retriever, read_query, rule_documents
+from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.run import (
-    assert_arguments,
     check_run,
     start_run,
     trained_weights,
@@ -157,14 +157,16 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "report_to": [],
         **precision(model_block.dtype),
     }
+    config = SentenceTransformerTrainingArguments(**stated)
+    expected = expected_arguments(config, stated)
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=SentenceTransformerTrainingArguments(**stated),
+        args=config,
         train_dataset=Dataset.from_list(rows),
         loss=MultipleNegativesRankingLoss(model, scale=training.scale),
         callbacks=[Guards()],
     )
-    assert_arguments(trainer.args, stated)
+    check_arguments(trainer.args, expected)
     show_progress(trainer)
     keep_to_arguments(trainer)
     before = weights_digest(trained_weights(model))

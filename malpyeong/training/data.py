@@ -12,6 +12,7 @@ from malpyeong.config.recipe import GRPORecipe, Mode, PromptData, SFTRecipe, Tra
 from malpyeong.contest.leaks import shared_questions
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError, printable
+from malpyeong.models.environment import keep_compiled_code
 from malpyeong.models.load import adapter_folder, check_adapter, pick_dtype
 from malpyeong.models.memory import Backend
 from malpyeong.prompts.context import Context, load_contexts
@@ -278,6 +279,11 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(best_checkpoint(checkpoint)))
     else:
+        if backend == "unsloth":
+            folder = keep_compiled_code()
+            click.echo(
+                f"the first step compiles, which may take a minute; {folder} keeps the result for the next start"
+            )
         with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     log = trainer.state.log_history

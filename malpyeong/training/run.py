@@ -209,23 +209,6 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda folder: -int(folder.name.removeprefix("checkpoint-")))
 
 
-def assert_arguments(arguments: object, stated: Mapping[str, Any]) -> None:
-    """Make sure that a trainer kept every argument that the recipe stated.
-
-    Unsloth's generated trainers change some silently.
-
-    Raises:
-        RuntimeError: names each changed argument with both values.
-    """
-    changed = [
-        f"{name} is {getattr(arguments, name, None)!r}, stated {value!r}"
-        for name, value in stated.items()
-        if not _same(getattr(arguments, name, None), value)
-    ]
-    if changed:
-        raise RuntimeError(f"the trainer changed what the recipe states: {'; '.join(changed)}")
-
-
 def is_last(checkpoint: Path, max_steps: int | None) -> bool:
     """Tell whether training ends with a checkpoint: all steps are done, or it stopped early.
 
@@ -401,9 +384,3 @@ def _override(key: str, value: Any) -> str:  # noqa: ANN401 -- what YAML gives
     """Return an override as it is typed in a shell."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return shlex.quote(f"{key}={text}")
-
-
-def _same(found: Any, stated: Any) -> bool:  # noqa: ANN401 -- any argument's value
-    if isinstance(stated, float) and isinstance(found, float):
-        return math.isclose(found, stated, rel_tol=1e-9)
-    return bool(found == stated or str(getattr(found, "value", found)) == str(stated))
