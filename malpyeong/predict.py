@@ -228,8 +228,11 @@ def main(
     from tqdm import tqdm
 
     from malpyeong.decoding.engines import Decoding
+    from malpyeong.metrics.rouge import load_dictionary
     from malpyeong.models.load import tokenizer_for_prediction
 
+    if samples > 1:
+        load_dictionary()
     decoding = Decoding(decoding_name == "constrained", samples, temperature, seed, max_new_tokens)
     tokenizer = tokenizer_for_prediction(model, adapter)
     contexts = fitted(tokenizer, records, contexts, max_new_tokens)
