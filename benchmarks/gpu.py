@@ -36,6 +36,7 @@ from benchmarks.gpu_case import ROOT, Case
 from benchmarks.gpu_table import table
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
+from malpyeong.terminal import Command
 
 RECIPES = {stage: ROOT / "recipes" / "qwen" / f"{stage}.yaml" for stage in ("sft", "grpo")}
 CHEAP = {"format": 0.2, "exact_match": 1.0, "rouge_1": 1.0}
@@ -540,7 +541,7 @@ def _revision() -> str | None:
     return result.stdout.strip()
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("parts", nargs=-1, required=True, type=click.Choice([*PARTS, "all", "table"]))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results", help="Results.")
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / "runs" / "bench", help="Models, runs, logs.")

@@ -24,6 +24,7 @@ from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.files import new_folder
 from malpyeong.prompts.messages import build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.terminal import Command
 
 # From the models' published config.json, as written down here by hand: Qwen/Qwen3-4B, Qwen/Qwen3-8B,
 # K-intelligence/Midm-2.0-Base-Instruct (a Llama of 11.5 B parameters).
@@ -196,7 +197,7 @@ def _draw(sizes: torch.Size, generator: torch.Generator, device: str) -> torch.T
     return torch.empty(sizes, dtype=torch.bfloat16, device=device).normal_(0, _SPREAD, generator=generator)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("shape", type=click.Choice(list(SHAPES)))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--recipe", type=click.Path(path_type=Path), help="Also write FOLDER-adapter, with this recipe's LoRA.")

@@ -23,6 +23,7 @@ from malpyeong.errors import InputError
 from malpyeong.models.environment import prepare_environment, version_problems
 from malpyeong.models.memory import GIB, RESERVE, SHAPES, Backend, ModelShape, estimate_recipe, next_lever
 from malpyeong.prompts.context import Context
+from malpyeong.terminal import Command
 from malpyeong.training.data import (
     Questions,
     check_lengths,
@@ -474,7 +475,7 @@ def _range(values: Sequence[float | None]) -> str:
     return f"{min(known):.2f}–{max(known):.2f}" if known else "does not apply"
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--quick", is_flag=True, help="Do not load the model.")

@@ -1,6 +1,5 @@
 """Score a prediction file against a gold file: ``python -m malpyeong.evaluate GOLD PRED``."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from malpyeong.errors import printable
 from malpyeong.metrics.aggregate import AVERAGES, RecordScore, compare, confidence, score_records, summarise
 from malpyeong.metrics.inputs import load_answers, load_categories, scoring_options
 from malpyeong.metrics.scorers import load_scorers
+from malpyeong.terminal import Command, json_text
 
 if TYPE_CHECKING:
     from malpyeong.metrics.pairs import PairScorer
@@ -46,7 +46,7 @@ def evaluate(
     return score_records(*load_answers(gold, prediction), metrics, scorers)
 
 
-@click.command()
+@click.command(cls=Command)
 @scoring_options
 @click.option("--against", type=click.Path(path_type=Path), help="Another prediction file to compare PRED with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -83,7 +83,7 @@ def main(
     if against:
         summary["comparison"] = compare(scores, score_records(golds, others, metrics, scorers), metrics)
     if as_json:
-        click.echo(json.dumps(summary, ensure_ascii=False, indent=2))
+        click.echo(json_text(summary))
         return
     console = Console()
     console.print(_summary_table(summary))

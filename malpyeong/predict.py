@@ -23,6 +23,7 @@ from malpyeong.files import PartFile, check_writable, digest, write_text
 from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import fit_contexts, left_out, prompt_length
 from malpyeong.prompts.rule_choice import split_choice
+from malpyeong.terminal import Command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,7 +141,7 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
     return mean
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @click.argument("questions", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Prediction file to write.")

@@ -20,6 +20,7 @@ import click
 from malpyeong.contest.records import parse_json
 from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable, read_bytes, read_text, write_text
+from malpyeong.terminal import Group
 
 EXPECTED = 'a rule book like [{"id": "한글 맞춤법 제41항", "category": …, "text": …}]'
 _TEXTS = ("id", "category", "title", "text")
@@ -365,7 +366,7 @@ def _read_plain(text: str) -> list[list[_Line]]:
     return [lines[start:end] for start, end in zip([0, *breaks], [*breaks, len(lines)], strict=True)]
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Rule books from the reference document."""
 

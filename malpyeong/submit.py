@@ -12,6 +12,7 @@ from malpyeong.contest.options import options, question_sentence
 from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
 from malpyeong.contest.repair import right_particle
 from malpyeong.errors import InputError, printable
+from malpyeong.terminal import Command
 
 # Conjoining jamo that NFD makes of ordinary syllables; NFKC makes them of compatibility jamo such as ㄹ.
 _CONJOINING_JAMO = re.compile("[\u1100-\u1112\u1161-\u1175\u11a8-\u11c2]")
@@ -96,7 +97,7 @@ def make_submission(test: Sequence[Record], predictions: Sequence[Record]) -> li
     ]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("test", type=click.Path(path_type=Path))
 @click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")

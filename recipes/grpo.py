@@ -32,6 +32,7 @@ from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import VLLM_SHARE, choose_backend, load_for_training
 from malpyeong.models.memory import Backend
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS
+from malpyeong.terminal import Command
 from malpyeong.training.data import grpo_dataset, load_questions, open_run, precision, train
 from malpyeong.training.rewards import RewardRun, load_models
 from malpyeong.training.run import assert_arguments
@@ -102,7 +103,7 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)

@@ -35,6 +35,7 @@ from malpyeong.retrieval.neural import load_encoder, query_text
 from malpyeong.retrieval.question import read_question
 from malpyeong.retrieval.search import Retriever, rule_documents
 from malpyeong.rules import Rule, load_rule_book
+from malpyeong.terminal import Command
 from malpyeong.training.run import adapter_digest, assert_arguments, check_run, start_run
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def check_lengths(model: "SentenceTransformer", rows: list[dict[str, str]], limi
         )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)

@@ -1,6 +1,5 @@
 """``python -m malpyeong.retrieval search`` and ``evaluate``."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from malpyeong.prompts.context import write_contexts
 from malpyeong.prompts.rule_choice import load_given_labels
 from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents, rule_documents
 from malpyeong.rules import load_rule_book
+from malpyeong.terminal import Group, json_text
 
 if TYPE_CHECKING:
     from malpyeong.retrieval.neural import Dense, Reranker
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Find rules and solved questions for questions, and measure how well."""
 
@@ -131,7 +131,7 @@ def evaluate(
             }
             for name, tables in report.items()
         }
-        click.echo(json.dumps(plain, ensure_ascii=False, indent=2))
+        click.echo(json_text(plain))
         return
     sizes = {"rules": f"{len(rules)} rules", "examples": f"{len(examples)} solved questions"}
     for name, tables in report.items():

@@ -24,6 +24,7 @@ from malpyeong.errors import InputError
 from malpyeong.files import write_text
 from malpyeong.samples import DATA
 from malpyeong.samples.bank import Item, attach, draw_words, fill, load_items, load_rules, load_specials
+from malpyeong.terminal import Command
 
 SPLITS = ("train", "explore", "dev", "test", "unseen")
 UNSEEN_EVERY = 9
@@ -202,7 +203,7 @@ def write_splits(folder: Path) -> None:
     write_text(folder / "rules.json", json.dumps(load_rules(), ensure_ascii=False, indent=2) + "\n")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=DATA, help="Folder to write to.")
 def main(output: Path) -> None:
     """Build the sample data from the item bank."""
