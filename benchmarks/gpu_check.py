@@ -37,6 +37,7 @@ from malpyeong.errors import InputError
 from malpyeong.models.environment import version
 from malpyeong.models.memory import GIB, SHAPES, estimate_recipe
 from malpyeong.report.run_page import read_run
+from malpyeong.terminal import Command
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -354,7 +355,7 @@ def _revision() -> str | None:
         return os.environ.get("MALPYEONG_REVISION")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--speed", "kind", flag_value="speed", help="Ways of sampling; leaves out what RESULTS has already.")
 @click.option("--limits", "kind", flag_value="limits", help="Memory, on a card of more than 23 GiB; the same.")
 @click.option("--tiny", is_flag=True, help="The smallest shape: tries the check itself on a CPU.")

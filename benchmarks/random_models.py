@@ -23,6 +23,7 @@ from malpyeong.files import new_folder
 from malpyeong.models.memory import SHAPES, ModelShape
 from malpyeong.prompts.messages import build_messages, prompt_ids
 from malpyeong.samples import TINY_BASE
+from malpyeong.terminal import Command
 
 TINY = ModelShape(128, 2, 2, 1, 64, 128, 2_000, True)  # to try a benchmark itself on a CPU
 VERDICTS = [f'"{word}."가 옳다. ' for word in ("하나", "둘", "셋", "넷")]
@@ -142,7 +143,7 @@ def make_questions(path: Path, model: Path, lengths: Sequence[int]) -> None:
     write_records(path, records)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", type=click.Choice([*SHAPES, "tiny"]))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--syllables", default=256, show_default=True)

@@ -24,6 +24,7 @@ from malpyeong.files import PartFile, check_writable, digest, write_text
 from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import fit_contexts, left_out, prompt_length
 from malpyeong.prompts.rule_choice import split_choice
+from malpyeong.terminal import Command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +142,7 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
     return mean
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @click.argument("questions", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Prediction file to write.")
@@ -229,8 +230,11 @@ def main(
     from tqdm import tqdm
 
     from malpyeong.decoding.engines import Decoding
+    from malpyeong.metrics.rouge import load_dictionary
     from malpyeong.models.load import adapter_folder, tokenizer_for_prediction
 
+    if samples > 1:
+        load_dictionary()
     decoding = Decoding(decoding_name == "constrained", samples, temperature, seed, max_new_tokens)
     tokenizer = tokenizer_for_prediction(model, adapter)
     contexts = fitted(tokenizer, records, contexts, max_new_tokens)

@@ -33,8 +33,16 @@ from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import VLLM_SHARE, Backend
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS
+from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
-from malpyeong.training.data import grpo_dataset, load_train, open_run, precision, train, with_prompt_data
+from malpyeong.training.data import (
+    grpo_dataset,
+    load_train,
+    open_run,
+    precision,
+    train,
+    with_prompt_data,
+)
 from malpyeong.training.rewards import RewardRun, load_models
 
 
@@ -103,7 +111,7 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")

@@ -34,6 +34,7 @@ from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.evaluate import check_labels
 from malpyeong.retrieval.neural import load_encoder, query_text
 from malpyeong.retrieval.search import Retriever, read_query, rule_documents
+from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.run import (
     check_run,
@@ -80,7 +81,7 @@ def check_lengths(model: "SentenceTransformer", rows: list[dict[str, str]], limi
         )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)

@@ -1,6 +1,5 @@
 """``python -m malpyeong.retrieval search`` and ``evaluate``."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from malpyeong.prompts.rule_choice import find_labels
 from malpyeong.retrieval.bm25 import BM25, EditBM25
 from malpyeong.retrieval.neighbours import Neighbours
 from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents, rule_documents
+from malpyeong.terminal import Group, json_text
 
 if TYPE_CHECKING:
     from malpyeong.retrieval.neural import Dense, Reranker
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Find rules and solved questions for questions, and measure how well."""
 
@@ -155,7 +155,7 @@ def evaluate(
             }
             for name, tables in report.items()
         }
-        click.echo(json.dumps(plain, ensure_ascii=False, indent=2))
+        click.echo(json_text(plain))
         return
     for name, tables in report.items():
         for kind, table in tables.items():

@@ -294,6 +294,7 @@ def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
 def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
     from malpyeong.config.recipe import REWARD_MODELS
     from malpyeong.metrics.pairs import model_file
+    from malpyeong.metrics.rouge import load_dictionary
 
     for name in sorted({model for reward in recipe.data.rewards for model in REWARD_MODELS[reward]}):
         model = getattr(recipe.data.scorers, name)
@@ -304,6 +305,11 @@ def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
             yield Finding("error", f"data.scorers.{name}: {error.message}")
         else:
             yield Finding("ok", f"{name}: {model} is here")
+    if {"rouge_1", "official"} & recipe.data.rewards.keys():
+        try:
+            load_dictionary()
+        except InputError as error:
+            yield Finding("error", error.message)
 
 
 def examine_tokenizer(
