@@ -22,7 +22,7 @@ from malpyeong.decoding.vote import ReasonScore, choose, rouge_score
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile, check_writable, digest, write_text
 from malpyeong.prompts.context import Context, load_contexts
-from malpyeong.prompts.messages import fit_contexts, left_out, prompt_length
+from malpyeong.prompts.messages import fit_prompts, left_out
 from malpyeong.prompts.rule_choice import split_choice
 from malpyeong.terminal import Command
 
@@ -92,19 +92,18 @@ def fitted(
         InputError: a question does not fit even by itself.
     """
     room = tokenizer.model_max_length - max_new_tokens
-    kept = fit_contexts(tokenizer, records, contexts, [room] * len(records))
+    prompts = fit_prompts(tokenizer, records, contexts, [room] * len(records))
     limit = f"the model's {tokenizer.model_max_length} tokens"
-    lengths = [prompt_length(tokenizer, record, context) for record, context in zip(records, kept, strict=True)]
-    long = [(length, record.id) for length, record in zip(lengths, records, strict=True) if length > room]
+    long = [(len(one.ids), record.id) for one, record in zip(prompts, records, strict=True) if len(one.ids) > room]
     if long:
         longest, id_ = max(long)
         raise InputError(
             f"{len(long)} of {len(records)} questions do not fit {limit} with answers of {max_new_tokens} (the "
             f'longest, id "{id_}", has {longest}); lower --max-new-tokens, or train with a larger model.max_length'
         )
-    if line := left_out(contexts, kept, f"{limit} with answers of {max_new_tokens}"):
+    if line := left_out(contexts, prompts, f"{limit} with answers of {max_new_tokens}"):
         click.echo(f"{line}; a lower --max-new-tokens leaves them more room")
-    return kept
+    return [prompt.context for prompt in prompts]
 
 
 def _engine(

@@ -35,15 +35,10 @@ from malpyeong.models.memory import VLLM_SHARE, Backend
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS
 from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
-from malpyeong.training.data import (
-    grpo_dataset,
-    load_train,
-    open_run,
-    precision,
-    train,
-    with_prompt_data,
-)
+from malpyeong.training.data import grpo_dataset, load_train, with_prompt_data
 from malpyeong.training.rewards import RewardRun, load_models
+from malpyeong.training.run import open_run
+from malpyeong.training.session import announce_compilation, precision, recorded
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
@@ -134,7 +129,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from trl import GRPOConfig, GRPOTrainer
 
-    from malpyeong.training.callbacks import StepClock
+    from malpyeong.training.callbacks import Guards, OwnArguments, StepClock, explain_out_of_memory, show_progress
     from malpyeong.training.preflight import check
 
     check(recipe, backend)
@@ -166,11 +161,15 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[clock],
+        callbacks=[clock, Guards(), OwnArguments()],
     )
     check_arguments(trainer.args, expected)
     start = time.perf_counter()
-    train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
+    show_progress(trainer)
+    with recorded(trainer, tokenizer, recipe, inputs, checkpoint) as steps_left, explain_out_of_memory(recipe, backend):
+        if steps_left:
+            announce_compilation(backend)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     share = rewards.seconds / (time.perf_counter() - start)
     click.echo(
         f"{training.output}/adapter: {trainer.state.global_step} steps; the rewards took {share:.1%} of the time"

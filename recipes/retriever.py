@@ -116,8 +116,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from transformers import set_seed
 
     from malpyeong.models.load import check_target_modules, name_old_tokenizer_class
-    from malpyeong.training.callbacks import Guards, check_learnt, explain_out_of_memory
-    from malpyeong.training.data import keep_to_arguments, precision, show_progress
+    from malpyeong.training.callbacks import Guards, OwnArguments, check_learnt, explain_out_of_memory, show_progress
+    from malpyeong.training.session import precision
 
     set_seed(training.seed)
     model = load_encoder(model_block.name, model_block.dtype, model_block.max_length)
@@ -165,11 +165,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         args=config,
         train_dataset=Dataset.from_list(rows),
         loss=MultipleNegativesRankingLoss(model, scale=training.scale),
-        callbacks=[Guards()],
+        callbacks=[Guards(), OwnArguments()],
     )
     check_arguments(trainer.args, expected)
     show_progress(trainer)
-    keep_to_arguments(trainer)
     before = weights_digest(trained_weights(model))
     start_run(output, recipe, inputs)
     if checkpoint is not None:

@@ -25,15 +25,9 @@ from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import Backend
 from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
-from malpyeong.training.data import (
-    load_questions,
-    load_train,
-    open_run,
-    precision,
-    sft_dataset,
-    train,
-    with_prompt_data,
-)
+from malpyeong.training.data import load_questions, load_train, sft_dataset, with_prompt_data
+from malpyeong.training.run import open_run
+from malpyeong.training.session import announce_compilation, precision, recorded
 
 
 def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
@@ -110,7 +104,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from malpyeong.training.callbacks import StepClock
+    from malpyeong.training.callbacks import Guards, OwnArguments, StepClock, explain_out_of_memory, show_progress
     from malpyeong.training.preflight import check
 
     check(recipe, backend)
@@ -126,10 +120,19 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
         processing_class=tokenizer,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience), StepClock()],
+        callbacks=[
+            EarlyStoppingCallback(early_stopping_patience=training.patience),
+            StepClock(),
+            Guards(),
+            OwnArguments(),
+        ],
     )
     check_arguments(trainer.args, expected)
-    train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
+    show_progress(trainer)
+    with recorded(trainer, tokenizer, recipe, inputs, checkpoint) as steps_left, explain_out_of_memory(recipe, backend):
+        if steps_left:
+            announce_compilation(backend)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     best = trainer.state.best_metric
     click.echo(f"{training.output}/adapter: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, GenerationConfig
 
-from malpyeong.config.recipe import LoraBlock, SFTRecipe, load_recipe
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import LoraBlock, SFTRecipe
 from malpyeong.contest.records import load_records
 from malpyeong.doctor import SAMPLES
 from malpyeong.errors import InputError

@@ -17,7 +17,7 @@ from malpyeong.models.load import load_tokenizer
 from malpyeong.predict import main as predict_command
 from malpyeong.prompts import rule_choice as choice
 from malpyeong.prompts.context import Context, load_contexts, write_contexts
-from malpyeong.prompts.messages import build_messages, fit_contexts, prompt_length
+from malpyeong.prompts.messages import build_messages, fit_prompts, render
 from malpyeong.prompts.rule_choice import (
     NONE,
     Labels,
@@ -29,7 +29,8 @@ from malpyeong.prompts.rule_choice import (
     tag,
 )
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training.data import Questions, grpo_dataset, load_questions, rewards, sft_dataset
+from malpyeong.training import rewards
+from malpyeong.training.data import Questions, grpo_dataset, load_questions, sft_dataset
 from malpyeong.training.preflight import examine
 
 RULES = tuple(load_rule_book(DATA / "rules.json"))
@@ -128,7 +129,7 @@ def test_candidates_come_from_the_context_and_the_answer_changes_nothing():
     record = TRAIN[0]
     for answer in (None, record.answer, f"{RULES[9].id} {RULES[9].full_text}"):
         asked = Record(record.id, record.question_type, record.question, answer)
-        [shown] = fit_contexts(tokenizer, [asked], [context()], [10_000])
+        [shown] = [prompt.context for prompt in fit_prompts(tokenizer, [asked], [context()], [10_000])]
         assert shown.rules == shuffled(record, RULES[:3])
         messages = build_messages(asked, rules=shown.rules, choose=True)
         assert messages == build_messages(record, rules=shown.rules, choose=True)
@@ -140,8 +141,8 @@ def test_candidates_come_from_the_context_and_the_answer_changes_nothing():
 
 def test_what_does_not_fit_is_dropped_by_rank_whatever_the_order_shown():
     tokenizer, record = load_tokenizer(str(TINY_BASE)), TRAIN[0]
-    limit = prompt_length(tokenizer, record, context(*RULES[:5])) - 1
-    [shown] = fit_contexts(tokenizer, [record], [context(*RULES[:5])], [limit])
+    limit = len(render(tokenizer, record, context(*RULES[:5])).ids) - 1
+    [shown] = [prompt.context for prompt in fit_prompts(tokenizer, [record], [context(*RULES[:5])], [limit])]
     assert set(shown.rules) == set(RULES[:4])
 
 

@@ -21,7 +21,7 @@ from malpyeong.models.load import (
     stop_at_eos,
 )
 from malpyeong.prompts.context import Context, write_contexts
-from malpyeong.prompts.messages import build_messages, fit_contexts, prompt_ids, prompt_length
+from malpyeong.prompts.messages import build_messages, fit_prompts, prompt_ids, render
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.callbacks import TrainingStoppedError, explain_out_of_memory, out_of_memory_text
 from malpyeong.training.preflight import SAMPLES, check, examine, examine_groups, examine_tokenizer
@@ -98,9 +98,9 @@ def test_prompts_are_measured_with_what_training_puts_into_them(data, tmp_path):
     wholes = [Context(tuple(rules), (TRAIN[place - 1], TRAIN[place - 2])) for place in range(len(TRAIN))]
     shown = [[(1.0, one) for one in whole.examples] for whole in wholes]
     write_contexts(path, TRAIN, [[(1.0, rules[0])]] * len(TRAIN), shown)
-    alone = max(prompt_length(tokenizer, record, Context()) for record in TRAIN)
+    alone = max(len(render(tokenizer, record, Context()).ids) for record in TRAIN)
     answer = max(len(tokenizer(record.answer)["input_ids"]) + 1 for record in TRAIN)
-    whole = max(prompt_length(tokenizer, *pair) for pair in zip(TRAIN, wholes, strict=True))
+    whole = max(len(render(tokenizer, *pair).ids) for pair in zip(TRAIN, wholes, strict=True))
 
     def lines(recipe):
         return [
@@ -117,7 +117,7 @@ def test_prompts_are_measured_with_what_training_puts_into_them(data, tmp_path):
 
     limit = alone + 200  # a completion may have 200 tokens: room for the longest question and nothing else
     context, lengths = lines(grpo(data, f"data.context={path}", f"model.max_length={limit}"))
-    fitted = fit_contexts(tokenizer, TRAIN, wholes, [alone] * len(TRAIN))
+    fitted = [one.context for one in fit_prompts(tokenizer, TRAIN, wholes, [alone] * len(TRAIN))]
     assert (context.level, lengths.level) == ("warning", "ok")
     assert (
         f"{120 - sum(map(len, fitted))} of 120 rules and examples do not fit model.max_length={limit}" in context.text

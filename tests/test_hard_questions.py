@@ -6,7 +6,7 @@ from malpyeong.contest.records import load_records, write_records
 from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.models.load import load_for_prediction
 from malpyeong.prompts.context import Context, load_contexts, write_contexts
-from malpyeong.prompts.messages import completion_ids, context_messages, fit_contexts, prompt_ids
+from malpyeong.prompts.messages import completion_ids, fit_prompts
 from malpyeong.prompts.rule_choice import tag
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.perplexity import perplexity
@@ -17,8 +17,7 @@ RECORDS = load_records(DATA / "dev.json", answers="gold")[:20]
 
 def hardest(contexts, answers, count):
     model, tokenizer = load_for_prediction(str(TINY_BASE), dtype="float32")
-    shown = fit_contexts(tokenizer, RECORDS, contexts, [2048] * len(RECORDS))
-    prompts = [prompt_ids(tokenizer, messages) for messages in map(context_messages, RECORDS, shown)]
+    prompts = [prompt.ids for prompt in fit_prompts(tokenizer, RECORDS, contexts, [2048] * len(RECORDS))]
     ppl = [
         perplexity(model, prompt, completion_ids(tokenizer, answer))
         for prompt, answer in zip(prompts, answers, strict=True)

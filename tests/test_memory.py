@@ -17,7 +17,8 @@ from malpyeong.models.load import load_for_training, load_tokenizer
 from malpyeong.models.memory import GIB, SHAPES, VLLM_SHARE, ModelShape, estimate, estimate_recipe, next_lever
 from malpyeong.prompts.messages import prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training.data import Questions, grpo_dataset, keep_adapter_in_float32, sft_dataset
+from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
+from malpyeong.training.session import keep_adapter_in_float32
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TOLERANCE = 0.15  # of the measured peak

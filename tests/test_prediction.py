@@ -34,7 +34,7 @@ from malpyeong.files import PartFile
 from malpyeong.models.load import load_for_prediction, load_tokenizer, tokenizer_for_prediction
 from malpyeong.predict import fitted, main, predict
 from malpyeong.prompts.context import Context, write_contexts
-from malpyeong.prompts.messages import build_messages, prompt_ids, prompt_length
+from malpyeong.prompts.messages import build_messages, prompt_ids, render
 from malpyeong.samples import DATA, TINY_BASE
 from tests.conftest import ROOT
 
@@ -437,7 +437,7 @@ def test_contexts_are_fitted_to_the_length_that_training_saved(command, run_modu
     tokenizer = load_tokenizer(str(TINY_BASE))
     asked = load_records(command[3])
     whole = Context(rules=tuple(rules))
-    longest = max(prompt_length(tokenizer, record, whole) for record in asked)
+    longest = max(len(render(tokenizer, record, whole).ids) for record in asked)
     model = tmp_path / "모형"
     shutil.copytree(TINY_BASE, model)
     context, output = tmp_path / "근거.jsonl", tmp_path / "답.json"
@@ -471,7 +471,7 @@ def test_contexts_are_fitted_to_the_length_that_training_saved(command, run_modu
     result = run_module("-c", _HEADER, *arguments[2:])
     assert "do not fit" not in result.stdout
 
-    alone = max((prompt_length(tokenizer, record, Context()), record.id) for record in asked)
+    alone = max((len(render(tokenizer, record, Context()).ids), record.id) for record in asked)
     save(alone[0] + 63)
     result = run_module(*arguments)
     assert (result.returncode, output.exists()) == (2, False)

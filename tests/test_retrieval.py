@@ -18,7 +18,7 @@ from malpyeong.errors import InputError
 from malpyeong.metrics.rouge import rouge_1
 from malpyeong.models.load import load_tokenizer
 from malpyeong.prompts.context import Context, load_contexts
-from malpyeong.prompts.messages import build_messages, fit_contexts, left_out, prompt_ids, prompt_length
+from malpyeong.prompts.messages import build_messages, fit_prompts, left_out, prompt_ids, render
 from malpyeong.prompts.rule_choice import Labels, find_labels
 from malpyeong.retrieval.bm25 import BM25, EditBM25, Index, terms
 from malpyeong.retrieval.edits import asked_edit, edit_between, solved_edit
@@ -610,12 +610,12 @@ def test_context_that_does_not_fit_is_dropped_whole_from_the_end():
         kept.append(kept[-1].without_worst())
     assert [(len(one.rules), len(one.examples)) for one in kept] == [(2, 3), (2, 2), (1, 2), (1, 1), (0, 1), (0, 0)]
     for dropped, one in enumerate(kept):
-        limit = prompt_length(tokenizer, record, one)
-        assert fit_contexts(tokenizer, [record], [context], [limit]) == [one]
+        limit = len(render(tokenizer, record, one).ids)
+        assert [prompt.context for prompt in fit_prompts(tokenizer, [record], [context], [limit])] == [one]
         line = left_out([context, Context()], [one, Context()], "the limit")
         assert line.startswith(f"{dropped} of 5 rules and examples do not fit the limit" if dropped else "")
         assert bool(line) == bool(dropped)
-    assert fit_contexts(tokenizer, [record], [context], [1]) == [Context()]
+    assert [prompt.context for prompt in fit_prompts(tokenizer, [record], [context], [1])] == [Context()]
 
 
 # Models

@@ -1,7 +1,7 @@
 """From a record to the tokens that a model reads: one rendering for SFT, GRPO and prediction."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from malpyeong.contest.answer import INSTRUCTION
@@ -47,13 +47,34 @@ def context_messages(record: Record, context: Context) -> list[Message]:
     return build_messages(record, context.examples, context.rules, context.choose)
 
 
-def fit_contexts(
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One record's prompt, rendered once.
+
+    Attributes:
+        context: what stands in it beside the question.
+        messages: for the chat template.
+        ids: its tokens, up to where the assistant begins to write.
+    """
+
+    context: Context
+    messages: list[Message]
+    ids: list[int]
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context) -> Prompt:
+    """Return the prompt of ``record`` with all of ``context``."""
+    messages = context_messages(record, context)
+    return Prompt(context, messages, prompt_ids(tokenizer, messages))
+
+
+def fit_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     records: Sequence[Record],
     contexts: Sequence[Context],
     limits: Sequence[int],
-) -> list[Context]:
-    """Return as much of each record's context as leaves its prompt at most its limit's number of tokens.
+) -> list[Prompt]:
+    """Return each record's prompt with as much of its context as leaves it at most its limit's number of tokens.
 
     Whole rules and examples are dropped, the lowest-ranked first, never cut. A question that is too long by itself
     keeps nothing: its length is the caller's to check. Where the model chooses among the rules, they come in an order
@@ -61,11 +82,11 @@ def fit_contexts(
     """
     fitted = []
     for record, context, limit in zip(records, contexts, limits, strict=True):
-        kept, shown = context, _shown(record, context)
-        while len(kept) and prompt_length(tokenizer, record, shown) > limit:
+        kept, prompt = context, render(tokenizer, record, _shown(record, context))
+        while len(kept) and len(prompt.ids) > limit:
             kept = kept.without_worst()
-            shown = _shown(record, kept)
-        fitted.append(shown)
+            prompt = render(tokenizer, record, _shown(record, kept))
+        fitted.append(prompt)
     return fitted
 
 
@@ -73,20 +94,15 @@ def _shown(record: Record, context: Context) -> Context:
     return replace(context, rules=choice.shuffled(record, context.rules)) if context.choose else context
 
 
-def left_out(contexts: Sequence[Context], fitted: Sequence[Context], limit: str) -> str:
-    """Return one line that says how much :func:`fit_contexts` has dropped, "" if nothing; ``limit`` names the limit."""
-    dropped = [len(context) - len(kept) for context, kept in zip(contexts, fitted, strict=True)]
+def left_out(contexts: Sequence[Context], prompts: Sequence[Prompt], limit: str) -> str:
+    """Return one line that says how much :func:`fit_prompts` has dropped, "" if nothing; ``limit`` names the limit."""
+    dropped = [len(context) - len(prompt.context) for context, prompt in zip(contexts, prompts, strict=True)]
     if not any(dropped):
         return ""
     return (
         f"{sum(dropped)} of {sum(map(len, contexts))} rules and examples do not fit {limit} and are left out, the "
         f"lowest-ranked of {sum(map(bool, dropped))} of {len(contexts)} questions"
     )
-
-
-def prompt_length(tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context) -> int:
-    """Return how many tokens the prompt of ``record`` has with all of ``context``."""
-    return len(prompt_ids(tokenizer, context_messages(record, context)))
 
 
 def _question(record: Record) -> str:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.models.memory import Backend, estimate_recipe, lever_text, shape_of
@@ -164,6 +164,53 @@ def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[
     else:
         reason = "look at the loss and the rewards of the steps above"
     raise TrainingStoppedError(f"training has changed no weight: {reason}")
+
+
+class OwnArguments(TrainerCallback):
+    """Let a resumed run save and log as often as its own arguments say, not as the checkpoint's said."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Take the steps of the arguments."""
+        state.compute_steps(args, state.max_steps)
+
+
+# What a step's line shows, in this order; everything else is in log.json.
+_SHOWN = {
+    "loss": "loss",
+    "eval_loss": "dev loss",
+    "reward": "reward",
+    "dead_groups": "dead groups",
+    "completions/mean_length": "tokens",
+    "completions/clipped_ratio": "cut off",
+    "grad_norm": "gradient",
+    "step_seconds": "seconds",
+    "generate_seconds": "sampling",
+    "reward_seconds": "rewards",
+}
+
+
+class ShortProgress(ProgressCallback):
+    """One short line a logged step under the progress bar, where the trainer prints some thirty numbers."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
+        """Write the line."""
+        line = progress_line(state.global_step, logs or {})
+        if self.training_bar is not None and line:
+            self.training_bar.write(line)
+
+
+def show_progress(trainer: Any) -> None:  # noqa: ANN401 -- a transformers Trainer
+    """Put :class:`ShortProgress` in the place of the trainer's own printout."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ShortProgress)
+
+
+def progress_line(step: int, logs: dict[str, Any]) -> str:
+    """Return one line of the numbers that tell whether training goes well, or "" if there are none."""
+    rewards = {key: key.split("/")[1] for key in logs if key.startswith("rewards/") and key.endswith("/mean")}
+    numbers = {name: logged(logs, key) for key, name in {**_SHOWN, **rewards}.items()}
+    parts = [f"{name} {number:.4g}" for name, number in numbers.items() if number is not None]
+    return f"step {step}: {', '.join(parts)}" if parts else ""
 
 
 @contextmanager

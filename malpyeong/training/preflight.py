@@ -43,6 +43,8 @@ from malpyeong.training.data import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from malpyeong.prompts.messages import Prompt
+
 Level = Literal["ok", "warning", "error"]
 AnyRecipe = SFTRecipe | GRPORecipe
 
@@ -411,27 +413,26 @@ def _reads_otherwise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str])
 
 
 def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions: Questions) -> Iterator[Finding]:
-    from malpyeong.prompts.messages import fit_contexts, prompt_length
+    from malpyeong.prompts.messages import fit_prompts, render
 
     records, contexts = questions.records, questions.asked_with
     answers = questions.answer_lengths(tokenizer)
     room = [recipe.training.max_completion_length] * len(records) if isinstance(recipe, GRPORecipe) else answers
     limit = recipe.model.max_length
-    fitted = fit_contexts(tokenizer, records, contexts, [limit - tokens for tokens in room])
-    prompts = [prompt_length(tokenizer, record, kept) for record, kept in zip(records, fitted, strict=True)]
+    prompts = fit_prompts(tokenizer, records, contexts, [limit - tokens for tokens in room])
     try:
-        check_lengths(records, [prompt + answer for prompt, answer in zip(prompts, room, strict=True)], limit)
+        check_lengths(records, [len(prompt.ids) + answer for prompt, answer in zip(prompts, room, strict=True)], limit)
     except InputError as error:
         yield Finding("error", error.message)
-    longest = max(answers)
-    text = f"longest prompt {max(prompts)} tokens, longest answer {longest}; model.max_length is {limit}"
+    longest, longest_prompt = max(answers), max(len(prompt.ids) for prompt in prompts)
+    text = f"longest prompt {longest_prompt} tokens, longest answer {longest}; model.max_length is {limit}"
     if questions.mode == "recall_rule":
         yield from _share(recalled_share, questions.labels)
     if any(contexts):
-        yield from _context(contexts, fitted, limit)
+        yield from _context(contexts, prompts, limit)
         if questions.mode == "choose_rule":
-            yield from _share(labelled_share, questions.labels, fitted)
-        alone = max(prompt_length(tokenizer, record, _NO_CONTEXT) for record in records)
+            yield from _share(labelled_share, questions.labels, prompts)
+        alone = max(len(render(tokenizer, record, _NO_CONTEXT).ids) for record in records)
         text = f"longest question alone {alone} tokens, {text}"
     if isinstance(recipe, GRPORecipe) and longest > recipe.training.max_completion_length:
         yield Finding(
@@ -443,13 +444,13 @@ def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions:
         yield Finding("ok", text)
 
 
-def _context(contexts: Sequence[Context], fitted: Sequence[Context], limit: int) -> Iterator[Finding]:
+def _context(contexts: Sequence[Context], prompts: Sequence["Prompt"], limit: int) -> Iterator[Finding]:
     from malpyeong.prompts.messages import left_out
 
     rules, examples = (sum(len(getattr(one, kind)) for one in contexts) for kind in ("rules", "examples"))
     found = f"prompts with {rules} rules and {examples} solved examples for {len(contexts)} questions"
-    dropped = left_out(contexts, fitted, f"model.max_length={limit}")
-    bare = sum(bool(context) and not kept for context, kept in zip(contexts, fitted, strict=True))
+    dropped = left_out(contexts, prompts, f"model.max_length={limit}")
+    bare = sum(bool(context) and not prompt.context for context, prompt in zip(contexts, prompts, strict=True))
     if bare:
         cure = "raise model.max_length, or search again with fewer (--rules-k, --examples-k)"
         yield Finding("warning", f"{found}; {dropped}; {bare} questions keep none of theirs", cure)
@@ -473,7 +474,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     import torch
 
     from malpyeong.models.load import load_for_training
-    from malpyeong.prompts.messages import context_messages, fit_contexts, prompt_ids
+    from malpyeong.prompts.messages import fit_prompts
     from malpyeong.training.rewards import RewardRun, load_models
 
     training, weights = recipe.training, recipe.data.rewards
@@ -488,15 +489,14 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
         model = model.to("cuda")
     model.eval()
     room = recipe.model.max_length - training.max_completion_length
-    contexts = fit_contexts(tokenizer, records, contexts, [room] * len(records))
+    prompts = fit_prompts(tokenizer, records, contexts, [room] * len(records))
     dead = 0.0
-    for place, (record, context) in enumerate(zip(records, contexts, strict=True)):
-        messages = context_messages(record, context)
-        prompt = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
+    for place, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
+        ids, rules = torch.tensor([prompt.ids], device=model.device), prompt.context.rules
         with torch.no_grad():
             output = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 do_sample=True,
                 temperature=training.temperature,
                 top_k=0,
@@ -505,11 +505,11 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
                 max_new_tokens=training.max_completion_length,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        texts = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         columns: dict[str, Any] = {"reference": [record.answer] * len(texts)}
         if questions.mode == "choose_rule":
-            columns["candidates"] = [[rule.id for rule in context.rules]] * len(texts)
-            columns["gains"] = [questions.labels[place].of(context.rules)] * len(texts)
+            columns["candidates"] = [[rule.id for rule in rules]] * len(texts)
+            columns["gains"] = [questions.labels[place].of(rules)] * len(texts)
         logged: dict[str, float] = {}
         columns["log_metric"] = logged.__setitem__
         scores = [function(completions=texts, **columns) for function in run.functions]

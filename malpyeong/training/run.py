@@ -23,10 +23,10 @@ import yaml
 
 from malpyeong.config.gpu import Stage, preset
 from malpyeong.config.load import upgrade
-from malpyeong.config.recipe import Block
+from malpyeong.config.recipe import Block, GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
-from malpyeong.models.load import save_tokenizer, weight_files_digest
+from malpyeong.models.load import adapter_folder, check_adapter, save_tokenizer, weight_files_digest
 
 PACKAGES = (
     "malpyeong",
@@ -65,6 +65,34 @@ MAX_STEPS = "training.max_steps"
 
 Inputs = Mapping[str, Path | list[Path] | str]
 """What a run is made from: the recipe's key → its file, its files, or the name of a model."""
+
+
+def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path | None] | None:
+    """Look at the run's folder before anything is loaded.
+
+    Returns:
+        (what the run is made from, the checkpoint to go on from or None), or None if the run has ended, which is said
+        on the screen.
+
+    Raises:
+        InputError: see :func:`check_run`; or the recipe's adapter is none.
+    """
+    output = Path(recipe.training.output)
+    files = {name: getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels")}
+    inputs: dict[str, Path | list[Path] | str] = {f"data.{name}": Path(path) for name, path in files.items() if path}
+    if recipe.model.adapter:
+        check_adapter(recipe.model.adapter)
+        inputs["model.adapter"] = adapter_folder(recipe.model.adapter) / "adapter_model.safetensors"
+    inputs["model.name"] = recipe.model.name
+    scorers = getattr(recipe.data, "scorers", None)
+    for name in ("bertscore", "bleurt"):
+        if scorer := getattr(scorers, name, None):
+            inputs[f"data.scorers.{name}"] = scorer
+    checkpoint = check_run(output, recipe, inputs, resume)
+    if run_has_ended(output, recipe):
+        click.echo(f"{output / 'adapter'}: this run has ended already")
+        return None
+    return inputs, checkpoint
 
 
 def check_run(output: Path, recipe: Block, inputs: Inputs, resume: bool) -> Path | None:

@@ -1,0 +1,101 @@
+"""A training session: what both training scripts do before and after ``trainer.train``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.models.environment import keep_compiled_code
+from malpyeong.models.load import pick_dtype
+from malpyeong.models.memory import Backend
+from malpyeong.training.run import (
+    Inputs,
+    best_checkpoint,
+    finish_run,
+    is_last,
+    start_run,
+    trained_weights,
+    weights_digest,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def precision(dtype: str) -> dict[str, Any]:
+    """Return the trainer's number format: mixed precision in the dtype of the weights, none for float32."""
+    import torch
+
+    chosen = pick_dtype(dtype)
+    # Without use_cpu the trainer refuses bf16 where there is no GPU.
+    return {
+        "bf16": chosen == torch.bfloat16,
+        "fp16": chosen == torch.float16,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+
+
+def keep_adapter_in_float32(model: Any) -> None:  # noqa: ANN401 -- a PeftModel
+    """Hold the weights that are trained in float32 again.
+
+    TRL casts them to bfloat16 where the base is 4-bit. A GRPO update is smaller than bfloat16 can add to a weight,
+    and a resumed run loads them as float32, so that it would not go on to the same result.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def announce_compilation(backend: Backend) -> None:
+    """Say that the first step takes longer, where Unsloth compiles, and keep what it compiles for the next start."""
+    if backend == "unsloth":
+        folder = keep_compiled_code()
+        click.echo(f"the first step compiles, which may take a minute; {folder} keeps the result for the next start")
+
+
+@contextmanager
+def recorded(
+    trainer: Any,  # noqa: ANN401 -- a transformers Trainer
+    tokenizer: "PreTrainedTokenizerBase",
+    recipe: SFTRecipe | GRPORecipe,
+    inputs: Inputs,
+    checkpoint: Path | None,
+) -> Iterator[bool]:
+    """Write down what a run is made from; once its block has trained, check what was learnt and save it.
+
+    Args:
+        trainer: an SFTTrainer or GRPOTrainer.
+        tokenizer: saved beside the adapter, with ``model.max_length`` for its ``model_max_length``.
+        recipe: written down in the run's folder.
+        inputs: what the run is made from.
+        checkpoint: where to go on from; one that was written at the very end is loaded here.
+
+    Yields:
+        Whether there are steps left to train.
+
+    Raises:
+        TrainingStoppedError: nothing was learnt (see ``malpyeong.training.callbacks``).
+    """
+    from transformers import TrainerState
+
+    from malpyeong.training.callbacks import check_learnt
+
+    output = Path(recipe.training.output)
+    keep_adapter_in_float32(trainer.model)
+    before = weights_digest(trained_weights(trainer.model))
+    start_run(output, recipe, inputs)
+    if checkpoint is not None:
+        click.echo(f"going on from {checkpoint}")
+    if checkpoint is not None and is_last(checkpoint, getattr(recipe.training, "max_steps", None)):
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._load_from_checkpoint(str(best_checkpoint(checkpoint)))
+        yield False
+    else:
+        yield True
+    log = trainer.state.log_history
+    check_learnt(trained_weights(trainer.model), before, log)
+    tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it
+    finish_run(output, trainer.model, tokenizer, recipe.model.name, log)
