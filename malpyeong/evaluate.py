@@ -1,6 +1,5 @@
 """Score a prediction file against a gold file: ``python -m malpyeong.evaluate GOLD PRED``."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from malpyeong.metrics.aggregate import AVERAGES, RecordScore, compare, confiden
 from malpyeong.metrics.ceiling import ceiling
 from malpyeong.metrics.inputs import load_answers, load_categories, scoring_options
 from malpyeong.metrics.scorers import load_scorers
+from malpyeong.terminal import Command, json_text
 
 if TYPE_CHECKING:
     from malpyeong.metrics.pairs import PairScorer
@@ -71,7 +71,7 @@ def _print_ceiling(context: click.Context, _: click.Parameter, gold: Path | None
     context.exit()
 
 
-@click.command()
+@click.command(cls=Command)
 @scoring_options
 @click.option(
     "--ceiling",
@@ -117,7 +117,7 @@ def main(
     if against:
         summary["comparison"] = compare(scores, score_records(golds, others, metrics, scorers), metrics)
     if as_json:
-        click.echo(json.dumps(summary, ensure_ascii=False, indent=2))
+        click.echo(json_text(summary))
         return
     console = Console()
     console.print(_summary_table(summary))
