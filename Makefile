@@ -1,12 +1,15 @@
 # malpyeong: `make help` lists what there is. Everything runs in .venv, made on the first call.
-PYTHON ?= python3
+# The newest Python here that everything has wheels for.
+PYTHON ?= $(or $(shell for python in python3.13 python3.12 python3.11 python3.14 python3; do \
+  $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && \
+  echo $$python && break; done),$(error Python 3.11, 3.12, 3.13 or 3.14 is needed, with venv, and none is here: install one, or name it, as in make setup PYTHON=/usr/bin/python3.12))
 VENV   ?= .venv
 # torch is installed first and pinned: unpinned, other packages pull in several GB of another build.
 TORCH  ?= torch==2.13.0
 DATA   ?= data
 RUNS   ?= runs
 MODELS := tiny $(notdir $(basename $(wildcard recipes/models/*.yaml)))
-EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo '[gpu]')
+EXTRAS := [rules,retrieval$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ',gpu')]
 
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python

@@ -14,10 +14,11 @@ from malpyeong.config.load import read_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
 from malpyeong.models.environment import prepare_environment
+from malpyeong.terminal import Command
 from malpyeong.training.preflight import examine, examine_groups
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")

@@ -29,10 +29,11 @@ from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import check_adapter, load_for_prediction
+from malpyeong.terminal import Command
 from malpyeong.training.data import load_train, sft_dataset, with_prompt_data
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")

@@ -127,3 +127,28 @@ def test_a_context_is_made_once_and_again_when_the_data_is_newer(make, tmp_path)
         assert search[-4:] == ["--rules", f"{rules}", "-o", f"{context}"]
         os.utime(context, (later, later))
         assert len(make("grpo-qwen")) == 1
+
+
+def test_setup_looks_for_a_python_that_everything_installs_on(tmp_path):
+    for name in ("make", "sh"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+
+    def setup():
+        command = ["make", "-n", f"VENV={tmp_path / 'venv'}", "setup"]
+        return subprocess.run(command, cwd=ROOT, env={"PATH": f"{tmp_path}"}, capture_output=True, text=True)
+
+    def add(name, code):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+
+    add("python3.13", "exit 127")  # a shim of a version that is not installed
+    add(
+        "python3",
+        f"{shlex.quote(sys.executable)} -c 'import sys; sys.version_info = (3, 10, 0); exec(sys.argv[1])' \"$2\"",
+    )
+    result = setup()
+    assert result.returncode == 2
+    (line, *_) = result.stderr.splitlines()
+    assert "Python 3.11, 3.12, 3.13 or 3.14 is needed" in line
+    add("python3.12", f'exec {shlex.quote(sys.executable)} "$@"')
+    assert setup().stdout.startswith(f'python3.12 -m venv "{tmp_path / "venv"}"')

@@ -27,7 +27,7 @@ from malpyeong.predict import predict
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
-from malpyeong.training.run import assert_arguments, last_checkpoint
+from malpyeong.training.run import last_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TRAIN = load_records(DATA / "train.json", answers="gold")
@@ -116,7 +116,7 @@ def test_sft_learns_and_leaves_a_complete_folder(sft_run):
     assert all(("loss" in row) == ("step_seconds" in row) for row in log)
     environment = json.loads((sft_run / "environment.json").read_text("utf-8"))
     assert environment["versions"]["trl"] == "1.14.2"
-    assert len(environment["sha256"]) == 2
+    assert environment["sha256"].keys() == {"data.train", "data.dev", "model.name"}
     assert "learning_rate: 0.002" in (sft_run / "config.yaml").read_text("utf-8")
     assert any(tensor.abs().max() > 0 for name, tensor in weights(sft_run).items() if "lora_B" in name)
 
@@ -323,11 +323,11 @@ def test_resuming_with_other_data_is_refused(data, sft_run, tmp_path):
     run = tmp_path / "run"
     copy_run(sft_run, run)
     recorded = json.loads((run / "environment.json").read_text("utf-8"))
-    recorded["sha256"][str(data / "train.jsonl")] = "0" * 64
+    recorded["sha256"]["data.train"] = "0" * 64
     (run / "environment.json").write_text(json.dumps(recorded), "utf-8")
     process = start(*sft_command(data, run), "--resume", "auto")
     assert process.wait() == 2
-    assert "train.jsonl" in process.stdout.read()
+    assert f"data.train {data / 'train.jsonl'}" in process.stdout.read()
 
 
 def test_resuming_with_another_recipe_is_refused(data, sft_run):
@@ -492,16 +492,6 @@ def test_a_model_that_is_not_there_is_one_line(run_module, tmp_path):
     assert result.returncode == 2
     assert "없음: cannot be loaded as a model (no such folder)" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
-
-
-def test_changed_trainer_arguments_are_an_error():
-    from trl import GRPOConfig
-
-    stated = {"learning_rate": 1e-4, "loss_type": "dapo", "optim": "adamw_torch", "report_to": [], "bf16": False}
-    arguments = GRPOConfig(output_dir="unused", **stated)
-    assert_arguments(arguments, stated)
-    with pytest.raises(RuntimeError, match=r"learning_rate is 0\.0001, stated 5e-05"):
-        assert_arguments(arguments, {**stated, "learning_rate": 5e-5})
 
 
 def test_a_checkpoint_that_was_cut_off_is_removed(tmp_path):

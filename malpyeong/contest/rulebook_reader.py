@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from malpyeong.contest.rulebook import BROKEN, Rule
-from malpyeong.errors import InputError, printable
+from malpyeong.errors import InputError, needs, printable
 from malpyeong.files import read_bytes, read_text
 
 _UNREADABLE = re.compile("[\0\ud800-\udfff\ufffd\ue000-\uf8ff]")  # PUA: how PDFs made by old HWP carry old letters
@@ -284,6 +284,7 @@ def _read_document(path: Path) -> tuple[list[list[_Line]], bool]:
 
 
 def _read_pdf(path: Path) -> list[list[_Line]]:
+    needs("pypdf", "rules")
     from pypdf import PdfReader
 
     try:
@@ -299,6 +300,7 @@ def _read_pdf(path: Path) -> list[list[_Line]]:
 
 
 def _read_docx(path: Path) -> list[_Line]:
+    needs("docx", "rules")
     import docx
     from docx.table import Table
 

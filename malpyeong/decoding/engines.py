@@ -195,7 +195,7 @@ class VLLMEngine:
         decoding: Decoding,
         contexts: Mapping[str, Context] | None = None,
     ) -> None:
-        from malpyeong.models.load import check_adapter, tokenizer_for_prediction
+        from malpyeong.models.load import adapter_folder, check_adapter, tokenizer_for_prediction
 
         if decoding.samples > 1:
             raise InputError("samples are drawn with the transformers engine; leave --engine out")
@@ -211,7 +211,7 @@ class VLLMEngine:
         self.decoding, self._contexts = decoding, contexts or {}
         self.tokenizer = tokenizer_for_prediction(model, adapter)
         rank = check_adapter(adapter).get("r", 16)
-        self._adapter = LoRARequest("adapter", 1, adapter) if adapter else None
+        self._adapter = LoRARequest("adapter", 1, str(adapter_folder(adapter))) if adapter else None
         self._llm = LLM(
             model=model,
             dtype=dtype,

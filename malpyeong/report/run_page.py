@@ -13,7 +13,7 @@ import yaml
 from malpyeong.errors import InputError
 from malpyeong.report.charts import Chart, Points, chart
 from malpyeong.report.pages import render
-from malpyeong.training.run import checkpoints
+from malpyeong.training.run import checkpoints, logged
 
 MAX_SAMPLED_STEPS = 8
 _AVERAGED = 5  # logged steps at either end whose mean reward is compared
@@ -186,13 +186,9 @@ def _group(rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float], grou
 
 
 def _completion(row: Mapping[str, Any], weights: Mapping[str, float], count: int) -> Completion:
-    rewards = {name: _finite(row[name]) for name in weights}
+    rewards = {name: logged(row, name) for name in weights}
     parts = [weights[name] * reward for name, reward in rewards.items() if reward is not None]
     return Completion(row["completion"], rewards, math.fsum(parts) if parts else None, row["advantage"], count)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _spread(group: Group) -> float:
@@ -216,8 +212,8 @@ def run_page(run: Run) -> str:
 
 
 def _points(log: Sequence[Mapping[str, Any]], key: str) -> Points:
-    rows = [row for row in log if isinstance(row.get(key), int | float)]
-    return [row["step"] for row in rows], [float(row[key]) for row in rows]
+    points = [(row["step"], value) for row in log if (value := logged(row, key)) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _charts(run: Run, wanted: Iterable[tuple[str, str, Mapping[str, str], float | None]]) -> list[Chart]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.models.memory import Backend, estimate_recipe, lever_text, shape_of
+from malpyeong.training.run import logged, weights_digest
 
 if TYPE_CHECKING:
     from malpyeong.training.rewards import RewardRun
@@ -49,21 +50,21 @@ class Guards(TrainerCallback):
 def _findings(logs: dict[str, Any]) -> dict[str, bool]:
     """Return for each thing that this row tells about whether it is wrong."""
     found = {}
-    numbers = [float(logs[key]) for key in ("loss", "grad_norm") if key in logs]
+    numbers = [float(logs[key]) for key in ("loss", "grad_norm") if logs.get(key) is not None]
     if numbers:
         found[
             "had a loss or gradient that is not a number; lower training.learning_rate, or set model.dtype"
         ] = not all(map(math.isfinite, numbers))
-    if "dead_groups" in logs:
+    if (dead := logged(logs, "dead_groups")) is not None:
         found[
             "had only dead groups: all answers to a question earn the same, so nothing can be learnt; raise "
             "training.temperature or training.num_generations, or take questions that the model does not know by heart"
-        ] = logs["dead_groups"] >= 1
-    if "completions/clipped_ratio" in logs:
+        ] = dead >= 1
+    if (clipped := logged(logs, "completions/clipped_ratio")) is not None:
         found[
             "cut off more than half of the completions; raise training.max_completion_length, or train SFT longer: "
             "the model has not learnt to stop"
-        ] = logs["completions/clipped_ratio"] > 0.5
+        ] = clipped > 0.5
     return found
 
 
@@ -135,6 +136,34 @@ def _synchronised() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that training has left something to use.
+
+    Args:
+        weights: what is trained, name → tensor.
+        before: :func:`malpyeong.training.run.weights_digest` of them before training.
+        log: what the trainer logged.
+
+    Raises:
+        TrainingStoppedError: they are as before, or hold what is no number.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+        raise TrainingStoppedError("training has left weights that are not numbers; lower training.learning_rate")
+    if weights_digest(weights) != before:
+        return
+    rates, gradients = ([logged(row, key) for row in log if key in row] for key in ("learning_rate", "grad_norm"))
+    if rates and all(rate == 0 for rate in rates):
+        reason = "the learning rate was 0 at every step: warm-up is longer than the run; set training.warmup_steps=0"
+    elif gradients and all(gradient == 0 for gradient in gradients):
+        reason = (
+            "every gradient was 0, as where all answers to a question earn the same; raise training.temperature, or "
+            "take other questions"
+        )
+    else:
+        reason = "look at the loss and the rewards of the steps above"
+    raise TrainingStoppedError(f"training has changed no weight: {reason}")
 
 
 @contextmanager

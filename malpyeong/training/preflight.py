@@ -5,6 +5,7 @@ doctor also loads it and samples groups of answers, to see that rewards differ w
 """
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from malpyeong.config.gpu import USABLE_GIB, nearest
-from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.config.recipe import GRPORecipe, GRPOTraining, SFTRecipe
 from malpyeong.contest.leaks import answer_problems, ids, shared_questions
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
@@ -104,10 +105,12 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     yield from _versions()
     yield from _card(recipe)
     records = load_train(recipe.data)
+    train = len(records)
     if isinstance(recipe, SFTRecipe):
         records += load_records(recipe.data.dev, answers="gold")
     yield from _data(recipe)
     yield from _batches(recipe, len(records))
+    yield from _warm_up(recipe, train)
     shape = shape_of(recipe.model.name)
     yield from _memory(recipe, shape, backend)
     yield from _disk(recipe, shape)
@@ -194,6 +197,21 @@ def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
     yield Finding("ok", f"{text}; {recipe.training.max_steps} steps ask each question {passes:.1f} times")
 
 
+def _warm_up(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
+    training = recipe.training
+    if isinstance(training, GRPOTraining):
+        steps = training.max_steps
+    else:
+        batches = math.ceil(records / training.batch_size)
+        steps = math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
+    if steps == 1 and training.warmup_steps:
+        yield Finding(
+            "error",
+            "the run has one step, at which warm-up makes the learning rate 0: nothing would be learnt",
+            "set training.warmup_steps=0, or train longer",
+        )
+
+
 def _memory(recipe: AnyRecipe, shape: ModelShape | None, backend: Backend) -> Iterator[Finding]:
     import torch
 
@@ -233,8 +251,8 @@ def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: floa
     if backend == "unsloth" and model.load_in_4bit and model.dtype == "float16" and completions > NF4_ROWS:
         yield Finding(
             "warning",
-            f"{completions} completions are sampled together; above {NF4_ROWS} Unsloth dequantises the weights for each "
-            "token",
+            f"{completions} completions are sampled together; above {NF4_ROWS} Unsloth dequantises the weights for "
+            "each token",
             f"set training.gradient_accumulation_steps={max(1, NF4_ROWS // training.batch_size)}",
         )
     small = shape.block_parameters + shape.other_parameters <= 4.5e9
@@ -276,6 +294,7 @@ def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
 def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
     from malpyeong.config.recipe import REWARD_MODELS
     from malpyeong.metrics.pairs import model_file
+    from malpyeong.metrics.rouge import load_dictionary
 
     for name in sorted({model for reward in recipe.data.rewards for model in REWARD_MODELS[reward]}):
         model = getattr(recipe.data.scorers, name)
@@ -286,6 +305,11 @@ def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
             yield Finding("error", f"data.scorers.{name}: {error.message}")
         else:
             yield Finding("ok", f"{name}: {model} is here")
+    if {"rouge_1", "official"} & recipe.data.rewards.keys():
+        try:
+            load_dictionary()
+        except InputError as error:
+            yield Finding("error", error.message)
 
 
 def examine_tokenizer(

@@ -263,8 +263,8 @@ class RewardRun:
         found = {}
         for name, rewards in self._step.items():
             known = [[value for value in group if value is not None] for group in self._groups(rewards)]
-            spreads = [statistics.stdev(group) for group in known if len(group) > 1]
-            found[f"group_std/{name}"] = statistics.fmean(spreads) if spreads else 0.0
+            if deviations := [statistics.stdev(group) for group in known if len(group) > 1]:
+                found[f"group_std/{name}"] = statistics.fmean(deviations)
         quiet = [self._without_noise(self._step[name]) for name, weight in self._weights.items() if weight]
         dead = [
             all(len({value for value in group if value is not None}) <= 1 for group in groups)
