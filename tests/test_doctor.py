@@ -160,21 +160,27 @@ def test_a_card_that_is_too_small_is_named_with_the_lever(data):
 
 
 @pytest.mark.parametrize(
-    ("model", "gpu", "overrides", "level", "advice"),
+    ("model", "gpu", "vllm", "overrides", "level", "advice"),
     [
-        ("qwen", "40gb", (), "ok", "model.load_in_4bit=false (model.load_in_4bit in both stages)"),
-        ("qwen", "40gb", ("model.load_in_4bit=false",), None, None),
-        ("qwen", "t4", (), None, None),
-        ("qwen", "t4", ("training.gradient_accumulation_steps=16",), "warning", "gradient_accumulation_steps=8"),
-        ("qwen-8b", "80gb", (), None, None),
+        ("qwen", "40gb", False, (), "ok", "model.load_in_4bit=false (model.load_in_4bit in both stages)"),
+        ("qwen", "40gb", False, ("model.load_in_4bit=false",), None, None),
+        ("qwen", "80gb", True, (), "ok", "model.load_in_4bit=false training.use_vllm=true"),
+        ("qwen-8b", "80gb", False, (), None, None),
+        ("qwen-8b", "24gb", True, (), "ok", "  training.use_vllm=true should"),
+        ("qwen", "24gb", True, ("model.load_in_4bit=false", "training.use_vllm=true"), "warning", "load_in_4bit=true"),
+        ("qwen", "t4", False, (), None, None),
+        ("qwen", "t4", False, ("training.gradient_accumulation_steps=16",), "warning", "gradient_accumulation_steps=8"),
     ],
 )
-def test_sampling_advice_is_for_the_card_and_the_model(model, gpu, overrides, level, advice, data):
+def test_sampling_advice_is_for_the_card_and_the_model(model, gpu, vllm, overrides, level, advice, data, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("a GPU is here, and it decides")
+    if vllm:  # as where it is installed, on a card that it runs on
+        monkeypatch.setattr("malpyeong.models.load.check_vllm", lambda *_: None)
     files = [f"recipes/models/{model}.yaml", f"data.train={data}", f"gpu={gpu}", *overrides]
     findings = examine(load_recipe("recipes/grpo.yaml", files, GRPORecipe), "unsloth")
-    given = [finding for finding in findings if "sample quicker" in finding.text or "sampled together" in finding.text]
+    signs = ("sample quicker", "sampled together", "share of the card")
+    given = [finding for finding in findings if any(sign in finding.text for sign in signs)]
     assert [finding.level for finding in given] == [level] * bool(level)
     assert all(advice in str(finding) for finding in given)
 

@@ -23,6 +23,7 @@ from malpyeong.models.environment import version_problems
 from malpyeong.models.memory import (
     GIB,
     RESERVE,
+    VLLM_SHARE,
     Backend,
     ModelShape,
     estimate_recipe,
@@ -257,6 +258,12 @@ def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: floa
             "each token",
             f"set training.gradient_accumulation_steps={max(1, NF4_ROWS // training.batch_size)}",
         )
+    if training.use_vllm and _cached(recipe, shape, gib) < completions / 2:
+        yield Finding(
+            "warning",
+            f"vLLM's share of the card holds caches for {_cached(recipe, shape, gib)} of {completions} completions",
+            "leave training.use_vllm out" if model.load_in_4bit else "set model.load_in_4bit=true",
+        )
     small = shape.block_parameters + shape.other_parameters <= 4.5e9
     roomy = gib >= 0.95 * USABLE_GIB["24gb"]
     sixteen = {"model.load_in_4bit": False} if model.load_in_4bit and small and roomy else {}
@@ -268,12 +275,19 @@ def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: floa
         except InputError:
             continue
         then = estimate_recipe(changed, shape, backend, gib)
-        if then.fits(gib):
+        hold = not changed.training.use_vllm or _cached(changed, shape, gib) >= completions / 2
+        if then.fits(gib) and hold:
             overrides = " ".join(f"{name}={str(value).lower()}" for name, value in values.items())
             stages = " (model.load_in_4bit in both stages)" if "model.load_in_4bit" in values else ""
             text = f"{overrides}{stages} should sample quicker, with {then.peak / GIB:.1f} GiB by the estimate"
             yield Finding("ok", f"{text}; not measured yet (docs/gpu.md)")
             return
+
+
+def _cached(recipe: GRPORecipe, shape: ModelShape, gib: float) -> int:
+    """Return for how many completions of full length vLLM's share of the card holds keys and values."""
+    room = VLLM_SHARE * gib * GIB - estimate_recipe(recipe, shape, "unsloth", gib).weights
+    return max(0, int(room / (4 * shape.kv_heads * shape.head_dim * shape.layers * recipe.model.max_length)))
 
 
 def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
