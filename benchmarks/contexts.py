@@ -28,14 +28,14 @@ from typing import Any
 
 import click
 
-from malpyeong.choice import Labels, load_labels
-from malpyeong.context import Context, load_contexts, write_contexts
+from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.evaluate import evaluate
 from malpyeong.files import write_text
-from malpyeong.records import Record, load_records, write_records
-from malpyeong.rules import Rule, load_rule_book
+from malpyeong.metrics.aggregate import summarise
+from malpyeong.prompts.context import Context, load_contexts, write_contexts
+from malpyeong.prompts.rule_choice import Labels, load_labels
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.scoring.report import summarise
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LABELS, RULES = DATA / "labels.json", DATA / "rules.json"

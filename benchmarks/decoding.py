@@ -21,17 +21,17 @@ from typing import Any
 import click
 import torch
 
-from malpyeong.answer import parse_answer
-from malpyeong.engines import Decoding, TransformersEngine
+from malpyeong.contest.answer import parse_answer
+from malpyeong.contest.question import options
+from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.repair import repair
+from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.files import digest, write_text
-from malpyeong.model import load_for_prediction
-from malpyeong.options import options
+from malpyeong.metrics.aggregate import score_records, summarise
+from malpyeong.models.load import load_for_prediction
 from malpyeong.predict import model_digest, predict
-from malpyeong.records import Record, load_records
-from malpyeong.repair import repair
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.scoring.report import score_records, summarise
 
 COLUMNS = {
     "exact_match": "EM",

@@ -233,7 +233,7 @@ def _on_made_up_answers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def made_up_answers(references: list[str], step: int) -> list[str]:
     """Return an answer in the contest's form for each gold one; every third has another sentence."""
-    from malpyeong.answer import contest_split
+    from malpyeong.contest.answer import contest_split
 
     answers = []
     for place, gold in enumerate(references):
@@ -253,15 +253,15 @@ def made_up_answers(references: list[str], step: int) -> list[str]:
 def run(case: Case, watch: Watch) -> None:
     """Run the case's recipe in this process."""
     import malpyeong.doctor
-    import malpyeong.training
+    import malpyeong.training.data
 
-    train = malpyeong.training.train
+    train = malpyeong.training.data.train
 
     def watched(trainer: Any, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 -- as the original
         watch.attach(trainer)
         train(trainer, *arguments, **options)
 
-    malpyeong.training.train = watched
+    malpyeong.training.data.train = watched
     if not case.check:
         malpyeong.doctor.check = lambda *_: None
     assert "transformers" not in sys.modules, "Unsloth must be imported before transformers"

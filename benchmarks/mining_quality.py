@@ -2,7 +2,7 @@
 
     python -m benchmarks.mining_quality --adapter runs/tiny-sft/adapter
 
-Before the question is what ``recipes/mine_contexts.py`` does; after it, in the user's message, all rules share a
+Before the question is what ``recipes/mine.py`` does; after it, in the user's message, all rules share a
 question's beginning instead. Random choice among all rules is given beside them.
 """
 
@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from malpyeong.mining import make_plan, mine
-from malpyeong.model import load_for_prediction
-from malpyeong.perplexity import Row, perplexities, shared_prefix
-from malpyeong.prompts import build_messages, completion_ids, prompt_ids
-from malpyeong.records import Record, load_records
-from malpyeong.rules import Rule, load_rule_book
+from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
+from malpyeong.models.load import load_for_prediction
+from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training.mining import make_plan, mine
+from malpyeong.training.perplexity import Row, perplexities, shared_prefix
 
 
 def rule_first(model: Any, tokenizer: Any, records: Sequence[Record], rules: Sequence[Rule]) -> list[list[float]]:  # noqa: ANN401

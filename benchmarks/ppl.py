@@ -6,7 +6,7 @@ Both score the same answers with the same model and prompts, and every perplexit
 
 - loop: the chat template rendered for the pair, prompt and answer in one sequence, batch 1, ``model(input_ids,
   labels=labels).loss`` (logits at every position); PPL(a|q) once for each question.
-- ours: what ``recipes/mine_contexts.py`` runs, planning and tokenizing included.
+- ours: what ``recipes/mine.py`` runs, planning and tokenizing included.
 
 A rule is the unit of time: all its questions by us, then some of them by the loop, evenly spread over the lengths; so
 the two are measured side by side, and ratios are of sums over the rules.
@@ -36,13 +36,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from malpyeong.mining import NO_RULE, make_plan
-from malpyeong.model import load_for_prediction, load_tokenizer
-from malpyeong.perplexity import perplexities, shared_prefix
-from malpyeong.prompts import build_messages, completion_ids, prompt_ids
-from malpyeong.records import Record, load_records
-from malpyeong.rules import Rule, load_rule_book
+from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
+from malpyeong.models.load import load_for_prediction, load_tokenizer
+from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training.mining import NO_RULE, make_plan
+from malpyeong.training.perplexity import perplexities, shared_prefix
 
 TOLERANCE = 1e-3
 MAX_LENGTH = 4096

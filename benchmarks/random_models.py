@@ -18,11 +18,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from malpyeong.answer import format_problem
-from malpyeong.config import LoraBlock
+from malpyeong.config.recipe import LoraBlock
+from malpyeong.contest.answer import format_problem
+from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.files import new_folder
-from malpyeong.prompts import build_messages, prompt_ids
-from malpyeong.records import Record, load_records, write_records
+from malpyeong.prompts.messages import build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
 
 # From the models' published config.json, as written down here by hand: Qwen/Qwen3-4B, Qwen/Qwen3-8B,
@@ -153,7 +153,7 @@ def make_questions(path: Path, model: Path, lengths: Sequence[int]) -> None:
     Raises:
         ValueError: a length is less than what every prompt has.
     """
-    from malpyeong.model import load_tokenizer
+    from malpyeong.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
     samples = [

@@ -22,7 +22,7 @@ from transformers import (
     RemBertForSequenceClassification,
 )
 
-from malpyeong.records import load_records
+from malpyeong.contest.records import load_records
 from malpyeong.samples import DATA
 
 _SPREAD = 0.06  # of the weights: wide enough for scores to differ from text to text

@@ -38,8 +38,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.random_scorers import make_bleurt, make_encoder
-from malpyeong.answer import contest_split
-from malpyeong.records import load_records
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import load_records
 from malpyeong.samples import DATA
 
 Pair = tuple[str, str]
@@ -86,9 +86,9 @@ def make_run(steps: int, prompts: int, generations: int, alike: bool) -> list[li
 
 def ours(encoder: Path, bleurt: Path) -> dict[str, Scorer]:
     """Return the project's scorers, with nothing remembered."""
-    from malpyeong.scoring import rouge
-    from malpyeong.scoring.bertscore import BERTScore
-    from malpyeong.scoring.bleurt import BLEURT
+    from malpyeong.metrics import rouge
+    from malpyeong.metrics.bertscore import BERTScore
+    from malpyeong.metrics.bleurt import BLEURT
 
     rouge.rouge_1.cache_clear()
     return {
@@ -106,9 +106,9 @@ def one_by_one(encoder: Path, bleurt: Path, keep: bool) -> dict[str, Scorer]:
     from rouge_score import rouge_scorer
     from sentencepiece import SentencePieceProcessor
 
-    from malpyeong.scoring.bertscore import LAYER
-    from malpyeong.scoring.bleurt import BLEURT
-    from malpyeong.scoring.rouge import MorphemeTokenizer
+    from malpyeong.metrics.bertscore import LAYER
+    from malpyeong.metrics.bleurt import BLEURT
+    from malpyeong.metrics.rouge import MorphemeTokenizer
 
     model = BLEURT(str(bleurt), device="cpu")._model
     kept = {
@@ -164,8 +164,8 @@ def peak_memory(what: str, folder: Path, pairs: Sequence[Pair]) -> float:
         "import json, re, sys, torch, transformers, bert_score, sentencepiece\n"
         "from pathlib import Path\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
-        "from malpyeong.scoring.bertscore import BERTScore\n"
-        "from malpyeong.scoring.bleurt import BLEURT\n"
+        "from malpyeong.metrics.bertscore import BERTScore\n"
+        "from malpyeong.metrics.bleurt import BLEURT\n"
         "before = peak()\n"
         "pairs = json.load(sys.stdin)\n"
         f"{what}(sys.argv[1], device='cpu').score(*map(list, zip(*pairs)))\n"

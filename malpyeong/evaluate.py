@@ -1,9 +1,9 @@
 """Score a prediction file against a gold file: ``python -m malpyeong.evaluate GOLD PRED``."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE
@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from malpyeong.errors import InputError, printable
-from malpyeong.records import Record, check_same_questions, load_records
-from malpyeong.scoring.report import AVERAGES, METRICS, RecordScore, compare, confidence, score_records, summarise
+from malpyeong.errors import printable
+from malpyeong.metrics.aggregate import AVERAGES, RecordScore, compare, confidence, score_records, summarise
+from malpyeong.metrics.inputs import load_answers, load_categories, scoring_options
+from malpyeong.metrics.scorers import load_scorers
 
 if TYPE_CHECKING:
-    from malpyeong.scoring.pairs import PairScorer
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+    from malpyeong.metrics.pairs import PairScorer
 
 _COLUMNS = {
     "exact_match": "EM",
@@ -45,95 +44,6 @@ def evaluate(
         InputError: a file is defective or the ids or their order differ.
     """
     return score_records(*load_answers(gold, prediction), metrics, scorers)
-
-
-def load_answers(gold: Path, prediction: Path) -> tuple[list[Record], list[str]]:
-    """Load gold records and the answers predicted for them.
-
-    Raises:
-        InputError: a file is defective or the ids or their order differ.
-    """
-    golds = load_records(gold, answers="gold")
-    predictions = load_records(prediction, answers="prediction")
-    check_same_questions(golds, predictions, gold, prediction)
-    return golds, [record.answer or "" for record in predictions]
-
-
-def load_scorers(
-    metrics: Sequence[str], bertscore: str | None, bleurt: str | None, device: str
-) -> tuple[dict[str, "PairScorer"], dict[str, str]]:
-    """Load the models of BERTScore and BLEURT where those are asked for.
-
-    Returns:
-        (scorers, missing): the loaded ones, and for each that is not on this machine what to do about it.
-    """
-    from malpyeong.scoring.bertscore import BERTSCORE_MODEL, BERTScore
-    from malpyeong.scoring.bleurt import BLEURT, BLEURT_MODEL
-    from malpyeong.scoring.pairs import MissingModelError
-
-    found: dict[str, PairScorer] = {}
-    missing = {}
-    for metric, kind, model in (
-        ("bertscore", BERTScore, bertscore or BERTSCORE_MODEL),
-        ("bleurt", BLEURT, bleurt or BLEURT_MODEL),
-    ):
-        if metric in metrics:
-            try:
-                found[metric] = kind(model, device=device)
-            except MissingModelError as error:
-                missing[metric] = error.message
-    return found, missing
-
-
-def load_categories(path: Path) -> dict[str, str]:
-    """Read a JSON object of record id → category, or → an object with a ``category``.
-
-    Raises:
-        InputError: it cannot be read or is of another form.
-    """
-    try:
-        values = json.loads(path.read_text("utf-8"))
-        return {str(id_): str(value["category"] if isinstance(value, dict) else value) for id_, value in values.items()}
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise InputError(f'{path}: is not a JSON object like {{"1": "띄어쓰기", "2": "문장 부호"}}') from None
-
-
-def parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
-    """Read the option ``--metrics``, for click.
-
-    Raises:
-        click.BadParameter: an unknown metric, or none.
-    """
-    metrics = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
-    for name in metrics or ("",):
-        if name not in METRICS:
-            raise click.BadParameter(f'"{name}" is not one of {", ".join(METRICS)}')
-    return metrics
-
-
-def scoring_options(command: Command) -> Command:
-    """Add to a click command what every scoring of a prediction file takes: the two files, metrics and their models."""
-    for add in (
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-        click.option("--bleurt-model", help="Hub id or folder; the contest's BLEURT-20 if not given."),
-        click.option(
-            "--bertscore-model", help="Hub id or folder; the contest's bert-base-multilingual-cased if not given."
-        ),
-        click.option(
-            "--labels", type=click.Path(path_type=Path), help="JSON of record id → norm category, to average by."
-        ),
-        click.option(
-            "--metrics",
-            default=",".join(METRICS),
-            show_default=True,
-            callback=parse_metrics,
-            help="Comma-separated; any of these.",
-        ),
-        click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path)),
-        click.argument("gold", type=click.Path(path_type=Path)),
-    ):
-        command = add(command)
-    return command
 
 
 @click.command()

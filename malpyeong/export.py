@@ -14,9 +14,9 @@ from typing import Any
 
 import click
 
+from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
-from malpyeong.records import Record, load_records
 from malpyeong.samples import DATA
 
 # What counts as the same model. In float32 only the order of sums differs. A merge in 16 bits rounds every weight
@@ -80,9 +80,8 @@ def export(
     import torch
     from safetensors import SafetensorError
 
-    from malpyeong.doctor import SAMPLES
-    from malpyeong.engines import Decoding, TransformersEngine
-    from malpyeong.model import (
+    from malpyeong.decoding.engines import Decoding, TransformersEngine
+    from malpyeong.models.load import (
         adapter_folder,
         base_of_adapter,
         load_base,
@@ -93,7 +92,8 @@ def export(
         tokenizer_for_prediction,
     )
     from malpyeong.predict import predict
-    from malpyeong.prompts import build_messages, completion_ids, prompt_ids
+    from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
+    from malpyeong.training.preflight import SAMPLES
 
     adapter = adapter_folder(adapter)
     base = base or base_of_adapter(adapter)

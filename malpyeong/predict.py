@@ -1,7 +1,7 @@
 """Answer every question of a file: ``python -m malpyeong.predict MODEL QUESTIONS -o PRED``.
 
 Every finished answer is kept beside the output in ``.NAME.part.jsonl``; the same command goes on from there after a
-crash or a kill, to the same file. What is written is repaired last (``malpyeong.repair``).
+crash or a kill, to the same file. What is written is repaired last (``malpyeong.contest.repair``).
 """
 
 import hashlib
@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from malpyeong.answer import format_problem
-from malpyeong.choice import split_choice
-from malpyeong.consensus import ReasonScore, choose, rouge_score
-from malpyeong.context import Context, load_contexts
+from malpyeong.contest.answer import format_problem
+from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.repair import repair
+from malpyeong.decoding.vote import ReasonScore, choose, rouge_score
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile, check_writable, digest, write_text
-from malpyeong.prompts import fit_contexts, left_out, prompt_length
-from malpyeong.records import Record, load_records, write_records
-from malpyeong.repair import repair
+from malpyeong.prompts.context import Context, load_contexts
+from malpyeong.prompts.messages import fit_contexts, left_out, prompt_length
+from malpyeong.prompts.rule_choice import split_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from malpyeong.engines import Decoding, Engine
+    from malpyeong.decoding.engines import Decoding, Engine
 
 
 def predict(
@@ -43,11 +43,11 @@ def predict(
     run goes on to the answers of an uninterrupted one.
 
     Args:
-        engine: see ``malpyeong.engines``.
+        engine: see ``malpyeong.decoding.engines``.
         records: the questions.
         batch_size: answers that are generated at once; a record with n samples counts n times.
         done: positions that are not needed again; a batch is skipped if all of its records are done.
-        score: of reasons, to choose among samples with (see :func:`malpyeong.consensus.choose`).
+        score: of reasons, to choose among samples with (see :func:`malpyeong.decoding.vote.choose`).
     """
     prompts = engine.prompts(records)
     order = sorted(range(len(records)), key=lambda place: -len(prompts[place]))
@@ -75,7 +75,7 @@ def repaired(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
     counts: Counter[str] = Counter()
     mended = []
     for record in records:
-        answer, kinds = repair(record.answer or "")
+        answer, kinds = repair(record.answer or "", record.question)
         counts.update(kinds)
         mended.append(record.with_answer(answer))
     return mended, counts
@@ -114,25 +114,23 @@ def _engine(
     decoding: "Decoding",
     contexts: dict[str, Context],
 ) -> "Engine":
-    from malpyeong.engines import TransformersEngine, VLLMEngine
+    from malpyeong.decoding.engines import TransformersEngine, VLLMEngine
 
     if name == "vllm":
         if load_in_4bit:
             raise InputError("--load-in-4bit goes with the transformers engine; leave one of the two out")
         return VLLMEngine(model, adapter, dtype, decoding, contexts)
-    from malpyeong.model import load_for_prediction
+    from malpyeong.models.load import load_for_prediction
 
     return TransformersEngine(*load_for_prediction(model, adapter, dtype, load_in_4bit), decoding, contexts)
 
 
 def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
     """Return the mean of ROUGE-1 and of the scores whose models are named."""
-    from malpyeong.evaluate import load_scorers
+    from malpyeong.metrics.scorers import load_scorer
 
-    metrics = [name for name, model in (("bertscore", bertscore), ("bleurt", bleurt)) if model]
-    scorers, missing = load_scorers(metrics, bertscore, bleurt, "auto")
-    for message in missing.values():
-        raise InputError(message)
+    models = {"bertscore": bertscore, "bleurt": bleurt}
+    scorers = {name: load_scorer(name, model) for name, model in models.items() if model}
 
     def mean(candidates: Sequence[str], references: Sequence[str]) -> list[float]:
         columns = [rouge_score(candidates, references)]
@@ -229,8 +227,8 @@ def main(
     import torch
     from tqdm import tqdm
 
-    from malpyeong.engines import Decoding
-    from malpyeong.model import adapter_folder, tokenizer_for_prediction
+    from malpyeong.decoding.engines import Decoding
+    from malpyeong.models.load import adapter_folder, tokenizer_for_prediction
 
     decoding = Decoding(decoding_name == "constrained", samples, temperature, seed, max_new_tokens)
     tokenizer = tokenizer_for_prediction(model, adapter)

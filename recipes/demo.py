@@ -20,14 +20,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from malpyeong.answer import contest_split
-from malpyeong.curves import plot
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import load_records
 from malpyeong.errors import InputError
 from malpyeong.evaluate import evaluate
 from malpyeong.files import digest, write_text
-from malpyeong.records import load_records
+from malpyeong.metrics.aggregate import RecordScore, summarise
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.scoring.report import RecordScore, summarise
 from malpyeong.submit import is_split
 
 RECIPES = Path(__file__).parent
@@ -121,7 +120,8 @@ def main(output: Path, seed: int) -> None:
         output / "submission.json", "-m", "malpyeong.submit", questions, prediction, "-o", output / "submission.json"
     )
     for stage in ("sft", "grpo"):
-        plot(output / stage, output / f"{stage}.png")
+        page = output / f"{stage}.html"
+        demo.make(page, "-m", "malpyeong.report", "run", output / stage, "-o", page)
 
     stages = {stage: measure(output / "predictions" / stage) for stage in STAGES}
     parity = json.loads((merged / "export.json").read_text("utf-8"))
@@ -162,7 +162,7 @@ def show(output: Path, summary: dict[str, Any], submitted_match: float) -> None:
         f"{submitted_match:.3f}"
     )
     console.print(
-        f"{summary['seconds']:.0f} s; {output}/ holds summary.json, sft.png, grpo.png, merged/, submission.json"
+        f"{summary['seconds']:.0f} s; {output}/ holds summary.json, sft.html, grpo.html, merged/, submission.json"
     )
 
 

@@ -8,9 +8,11 @@ each); an answer's advantage is its weighted reward less its group's mean. Where
 (Shao et al. 2024, DeepSeekMath): ``loss_type`` dapo weighs tokens alike over the batch, ``epsilon_high`` clips
 upwards later than downwards, and ``beta`` 0 needs no reference model.
 
-- Rewards are the scorers that the leaderboard uses, cut by the contest's literal split (``malpyeong/rewards.py``).
-- Logged beside TRL's metrics: dead groups, each reward's spread within a group, seconds that the rewards took; and
-  the completions of every logged step with their rewards and advantages (``completions/``).
+- Rewards are the scorers that the leaderboard uses, cut by the contest's literal split
+  (``malpyeong/training/rewards.py``).
+- Logged beside TRL's metrics: dead groups, each reward's spread within a group, seconds that sampling, rewards and
+  update took, the GPU's memory; and the completions of every logged step with their rewards and advantages
+  (``completions/``).
 - Prompts that do not fit ``model.max_length`` with a whole completion are an error, never cut.
 - ``--resume auto`` goes on from the last complete checkpoint to the same result as an uninterrupted run (with bertscore
   or bleurt up to their rounding, about 1e-5, which depends on what is scored together).
@@ -25,14 +27,15 @@ from typing import Any
 
 import click
 
-from malpyeong.config import GRPORecipe, load_recipe
-from malpyeong.environment import prepare_environment
-from malpyeong.memory import Backend
-from malpyeong.model import VLLM_SHARE, choose_backend, load_for_training
-from malpyeong.prompts import TEMPLATE_OPTIONS
-from malpyeong.rewards import RewardRun, load_models
-from malpyeong.runs import assert_arguments
-from malpyeong.training import grpo_dataset, load_questions, open_run, precision, train
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe
+from malpyeong.models.environment import prepare_environment
+from malpyeong.models.load import choose_backend, load_for_training
+from malpyeong.models.memory import VLLM_SHARE, Backend
+from malpyeong.prompts.messages import TEMPLATE_OPTIONS
+from malpyeong.training.data import grpo_dataset, load_questions, open_run, precision, train
+from malpyeong.training.rewards import RewardRun, load_models
+from malpyeong.training.run import assert_arguments
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "torch_empty_cache_steps": None,
         "eval_accumulation_steps": None,
         "include_num_input_tokens_seen": "no",
-        "logging_nan_inf_filter": False,  # malpyeong.guards looks for them
+        "logging_nan_inf_filter": False,  # malpyeong.training.callbacks looks for them
         "log_completions": True,  # to completions/, for `python -m malpyeong.report run`
         "num_completions_to_print": 0,
         "report_to": [],
@@ -120,13 +123,14 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from trl import GRPOConfig, GRPOTrainer
 
-    from malpyeong.doctor import check
+    from malpyeong.training.callbacks import StepClock
+    from malpyeong.training.preflight import check
 
     check(recipe, backend)
     models = load_models(weights, recipe.data.scorers)
     for name, scorer in models.items():
         click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
-    rewards = RewardRun(weights, training.num_generations, models, training.min_spread)
+    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
     generations = math.ceil(training.max_steps / training.num_iterations)
     completions = training.batch_size * training.gradient_accumulation_steps
@@ -135,13 +139,21 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         tokenizer, questions, model_block.max_length, training.max_completion_length, prompts, training.seed
     )
 
+    clock = StepClock(rewards)
+
+    class TimedTrainer(GRPOTrainer):
+        def _generate(self, *args: Any) -> Any:  # noqa: ANN401 -- as in TRL
+            with clock.generating():
+                return super()._generate(*args)
+
     stated = arguments(recipe, backend)
-    trainer = GRPOTrainer(
+    trainer = TimedTrainer(
         model=model,
         reward_funcs=rewards.functions,
         args=GRPOConfig(**stated),
         train_dataset=dataset,
         processing_class=tokenizer,
+        callbacks=[clock],
     )
     assert_arguments(trainer.args, stated)
     start = time.perf_counter()

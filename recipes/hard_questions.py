@@ -22,13 +22,14 @@ from statistics import median
 
 import click
 
-from malpyeong.config import GRPORecipe, load_recipe
-from malpyeong.environment import prepare_environment
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe
+from malpyeong.contest.records import write_records
 from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable
-from malpyeong.model import check_adapter, load_for_prediction
-from malpyeong.records import write_records
-from malpyeong.training import load_questions, sft_dataset
+from malpyeong.models.environment import prepare_environment
+from malpyeong.models.load import check_adapter, load_for_prediction
+from malpyeong.training.data import load_questions, sft_dataset
 
 
 @click.command()
@@ -52,7 +53,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], output: Path, share: flo
     import torch
     from tqdm import tqdm
 
-    from malpyeong.perplexity import answer_perplexities
+    from malpyeong.training.perplexity import answer_perplexities
 
     try:
         model, tokenizer = load_for_prediction(block.name, block.adapter, block.dtype, block.load_in_4bit)

@@ -18,12 +18,13 @@ from typing import Any
 
 import click
 
-from malpyeong.config import SFTRecipe, load_recipe
-from malpyeong.environment import prepare_environment
-from malpyeong.memory import Backend
-from malpyeong.model import choose_backend, load_for_training
-from malpyeong.runs import assert_arguments
-from malpyeong.training import load_questions, open_run, precision, sft_dataset, train
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import SFTRecipe
+from malpyeong.models.environment import prepare_environment
+from malpyeong.models.load import choose_backend, load_for_training
+from malpyeong.models.memory import Backend
+from malpyeong.training.data import load_questions, open_run, precision, sft_dataset, train
+from malpyeong.training.run import assert_arguments
 
 
 def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
         "torch_empty_cache_steps": None,
         "eval_accumulation_steps": None,
         "include_num_input_tokens_seen": "no",
-        "logging_nan_inf_filter": False,  # malpyeong.guards looks for them
+        "logging_nan_inf_filter": False,  # malpyeong.training.callbacks looks for them
         "report_to": [],
         **precision(model_block.dtype),
     }
@@ -93,7 +94,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from malpyeong.doctor import check
+    from malpyeong.training.callbacks import StepClock
+    from malpyeong.training.preflight import check
 
     check(recipe, backend)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
@@ -106,7 +108,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
         processing_class=tokenizer,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience)],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience), StepClock()],
     )
     assert_arguments(trainer.args, stated)
     train(trainer, tokenizer, recipe, backend, inputs, checkpoint)

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, GenerationConfig
 
-from malpyeong.config import LoraBlock, SFTRecipe, load_recipe
-from malpyeong.doctor import SAMPLES
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import LoraBlock, SFTRecipe
+from malpyeong.contest.records import load_records
 from malpyeong.errors import InputError
 from malpyeong.export import export
 from malpyeong.export import main as export_command
-from malpyeong.guards import TrainingStoppedError, check_learnt
-from malpyeong.model import (
+from malpyeong.models.load import (
     check_adapter,
     load_base,
     load_for_prediction,
@@ -33,10 +33,11 @@ from malpyeong.model import (
     tokenizer_for_prediction,
 )
 from malpyeong.predict import main as predict_command
-from malpyeong.prompts import build_messages, prompt_ids
-from malpyeong.records import load_records
-from malpyeong.runs import weights_digest
+from malpyeong.prompts.messages import build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training.callbacks import TrainingStoppedError, check_learnt
+from malpyeong.training.preflight import SAMPLES
+from malpyeong.training.run import weights_digest
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = load_records(DATA / "test_questions.json")[:2]
@@ -223,7 +224,7 @@ def test_an_adapter_by_its_hub_id(adapter, tmp_path):
     refs.mkdir()
     (refs / "main").write_text("0123abcd")
     code = (
-        "import sys; from malpyeong.model import load_for_prediction, base_of_adapter; "
+        "import sys; from malpyeong.models.load import load_for_prediction, base_of_adapter; "
         "print(base_of_adapter(sys.argv[2])); model, tokenizer = load_for_prediction(*sys.argv[1:3]); "
         "print(sum('lora_A' in name for name, _ in model.named_parameters()))"
     )

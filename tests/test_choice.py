@@ -8,19 +8,30 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malpyeong import choice, rewards
-from malpyeong.choice import NONE, Labels, best_choice, choice_reward, load_labels, shuffled, split_choice, tag
-from malpyeong.config import GRPORecipe, PromptData, SFTRecipe, load_recipe
-from malpyeong.context import Context, load_contexts, write_contexts
-from malpyeong.doctor import examine
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe, PromptData, SFTRecipe
+from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
-from malpyeong.model import load_tokenizer
+from malpyeong.models.load import load_tokenizer
 from malpyeong.predict import main as predict_command
-from malpyeong.prompts import build_messages, fit_contexts, prompt_length
-from malpyeong.records import Record, load_records, write_records
-from malpyeong.rules import Rule, load_rule_book
+from malpyeong.prompts import rule_choice as choice
+from malpyeong.prompts.context import Context, load_contexts, write_contexts
+from malpyeong.prompts.messages import build_messages, fit_contexts, prompt_length
+from malpyeong.prompts.rule_choice import (
+    NONE,
+    Labels,
+    best_choice,
+    choice_reward,
+    load_labels,
+    shuffled,
+    split_choice,
+    tag,
+)
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import Questions, grpo_dataset, load_questions, sft_dataset
+from malpyeong.training import rewards
+from malpyeong.training.data import Questions, grpo_dataset, load_questions, sft_dataset
+from malpyeong.training.preflight import examine
 
 RULES = tuple(load_rule_book(DATA / "rules.json"))
 TRAIN = load_records(DATA / "train.json", answers="gold")[:12]
@@ -138,7 +149,7 @@ def test_what_does_not_fit_is_dropped_by_rank_whatever_the_order_shown():
 def test_datasets_name_the_right_rule_of_the_prompt_and_keep_room_for_its_tag():
     tokenizer = load_tokenizer(str(TINY_BASE))
     choices = [Labels({RULES[number % 4].id: 1.0}) for number in range(len(TRAIN))]  # every fourth is not a candidate
-    questions = Questions(TRAIN, [context()] * len(TRAIN), choices)
+    questions = Questions(TRAIN, "choose_rule", [context()] * len(TRAIN), choices)
     taught = sft_dataset(tokenizer, questions, 1500)
     asked = grpo_dataset(tokenizer, questions, 1500, 200, len(TRAIN), 0)
     right = {row["record_id"]: best_choice(row["candidates"], row["gains"]) for row in asked}
@@ -155,7 +166,11 @@ def test_recall_teaches_the_tag_of_the_labelled_rule_alone(tmp_path):
     write_records(tmp_path / "train.json", TRAIN)
     ids = {record.id: rule.id for record, rule in zip(TRAIN, RULES[1:], strict=False)}
     (tmp_path / "labels.json").write_text(json.dumps(ids), "utf-8")
-    files = [f"data.train={tmp_path / 'train.json'}", f"data.labels={tmp_path / 'labels.json'}", "data.recall=true"]
+    files = [
+        f"data.train={tmp_path / 'train.json'}",
+        f"data.labels={tmp_path / 'labels.json'}",
+        "data.mode=recall_rule",
+    ]
     data = load_recipe("recipes/tiny/sft.yaml", files, SFTRecipe).data
     tokenizer, questions = load_tokenizer(str(TINY_BASE)), load_questions(data.train, data)
     rows = sft_dataset(tokenizer, questions, 768)
@@ -176,7 +191,7 @@ def test_recall_teaches_the_tag_of_the_labelled_rule_alone(tmp_path):
 def test_recall_says_how_many_questions_have_a_rule_and_stops_where_none_has(tmp_path, capsys):
     write_records(tmp_path / "train.json", TRAIN)
     files = [f"data.{split}={tmp_path / 'train.json'}" for split in ("train", "dev")]
-    files += [f"data.labels={tmp_path / 'mined.jsonl'}", "data.recall=true"]
+    files += [f"data.labels={tmp_path / 'mined.jsonl'}", "data.mode=recall_rule"]
     recipe = load_recipe("recipes/tiny/sft.yaml", files, SFTRecipe)
     tokenizer = load_tokenizer(str(TINY_BASE))
 
@@ -224,7 +239,9 @@ def test_a_rule_that_was_not_tried_is_no_rule_that_does_not_help(tmp_path):
     write_records(tmp_path / "train.json", TRAIN[:1])
     write_contexts(tmp_path / "context.jsonl", TRAIN[:1], [[(1.0, RULES[0]), (0.0, RULES[1])]], [[]])
     write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0})])
-    data = PromptData(context=str(tmp_path / "context.jsonl"), labels=str(tmp_path / "labels.jsonl"))
+    data = PromptData(
+        mode="choose_rule", context=str(tmp_path / "context.jsonl"), labels=str(tmp_path / "labels.jsonl")
+    )
     with pytest.raises(InputError, match=f'whether the rule "{RULES[1].id}" of its context helps; mine again'):
         load_questions(str(tmp_path / "train.json"), data)
     write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0, RULES[1].id: 0.0})])
@@ -271,16 +288,14 @@ def test_a_record_without_a_label_is_named(tmp_path):
 
 
 def test_recipes_need_rules_to_choose_among_and_labels_to_reward():
-    with pytest.raises(InputError, match=r"data: labels need data\.context"):
-        load_recipe("recipes/tiny/sft.yaml", ["data.labels=labels.json"], SFTRecipe)
-    with pytest.raises(InputError, match=r"data\.rewards\.choice: needs data\.labels"):
+    mode = "data.mode=choose_rule"
+    with pytest.raises(InputError, match=r"data: mode choose_rule needs data\.context"):
+        load_recipe("recipes/tiny/sft.yaml", [mode, "data.labels=labels.json"], SFTRecipe)
+    with pytest.raises(InputError, match=r"data\.rewards\.choice: needs data\.mode=choose_rule"):
         load_recipe("recipes/tiny/grpo.yaml", ["data.rewards={choice: 1}"], GRPORecipe)
-    for wrong in (["data.recall=true"], ["data.recall=true", "data.labels=labels.json", "data.context=context.jsonl"]):
-        with pytest.raises(InputError, match=r"data: recall needs data\.labels, .* set data\.context=null"):
-            load_recipe("recipes/tiny/sft.yaml", wrong, SFTRecipe)
-    with pytest.raises(InputError, match="recall"):
-        load_recipe("recipes/tiny/grpo.yaml", ["data.recall=true"], GRPORecipe)
-    both = ["data.labels=labels.json", "data.context=context.jsonl", "data.rewards={choice: 1, exact_match: 1}"]
+    with pytest.raises(InputError, match="recall_rule"):
+        load_recipe("recipes/tiny/grpo.yaml", ["data.mode=recall_rule", "data.labels=labels.json"], GRPORecipe)
+    both = [mode, "data.labels=labels.json", "data.context=context.jsonl", "data.rewards={choice: 1, exact_match: 1}"]
     assert load_recipe("recipes/tiny/grpo.yaml", both, GRPORecipe).data.rewards["choice"] == 1
 
 
@@ -304,7 +319,8 @@ def folder(tmp_path_factory):
 def recipe(folder, stage, *overrides):
     files = (f"data.train={folder / 'train.json'}", f"training.output={folder / stage}")
     files += (f"data.context={folder / 'context.jsonl'}", f"data.labels={folder / 'labels.json'}")
-    return (f"recipes/{stage}.py", f"recipes/tiny-choice/{stage}.yaml", *files, *overrides)
+    chosen = ("data.mode=choose_rule", *(["data.rewards.choice=1"] if stage == "grpo" else []))
+    return (f"recipes/{stage}.py", f"recipes/tiny/{stage}.yaml", *chosen, *files, *overrides)
 
 
 def test_a_model_learns_to_choose_and_its_choice_is_kept_apart_from_the_answer(folder, run_module):
@@ -317,7 +333,7 @@ def test_a_model_learns_to_choose_and_its_choice_is_kept_apart_from_the_answer(f
     assert result.returncode == 0, result.stderr
     log = [row for row in json.loads((folder / "grpo" / "log.json").read_text("utf-8")) if "reward" in row]
     assert len(log) == 2
-    assert all(0 <= row["rewards/choice/mean"] <= 1 and "spread/choice" in row for row in log)
+    assert all(0 <= row["rewards/choice/mean"] <= 1 and "group_std/choice" in row for row in log)
 
     questions = folder / "questions.json"
     write_records(questions, [dataclasses.replace(record, answer=None) for record in load_records(folder / "dev.json")])

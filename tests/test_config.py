@@ -4,69 +4,133 @@ from pathlib import Path
 
 import pytest
 
-from malpyeong.config import GRPORecipe, MiningRecipe, RetrieverRecipe, SFTRecipe, load_recipe
+from malpyeong.config.gpu import nearest
+from malpyeong.config.load import load_recipe, upgrade
+from malpyeong.config.recipe import GRPORecipe, MiningRecipe, RetrieverRecipe, SFTRecipe
 from malpyeong.errors import InputError
-from malpyeong.gpus import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-STAGES = {"sft": SFTRecipe, "grpo": GRPORecipe}
-KINDS = {**STAGES, "mine": MiningRecipe, "retriever": RetrieverRecipe}
+MODELS = sorted((RECIPES / "models").glob("*.yaml"))
+KINDS = {"sft": SFTRecipe, "grpo": GRPORecipe, "mine": MiningRecipe, "retriever": RetrieverRecipe}
+QWEN = str(RECIPES / "models" / "qwen.yaml")
 
 
-ALL = sorted(RECIPES.glob("*/*.yaml"))
-
-
-def name(path):
-    return f"{path.parent.name}/{path.name}"
-
-
-@pytest.mark.parametrize("path", [path for path in ALL if path.stem in STAGES], ids=name)
+@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("gpu", ["t4", "24gb", "40gb", "80gb"])
-def test_every_training_recipe_resolves_for_every_card(path, gpu):
-    recipe = load_recipe(path, [f"gpu={gpu}"], KINDS[path.stem])
-    assert (recipe.model.dtype == "float16") == (gpu == "t4") or path.parent.name.startswith("tiny")
-    if path.stem == "grpo":
-        completions = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
-        assert completions % recipe.training.num_generations == 0
-        assert recipe.training.max_completion_length < recipe.model.max_length
+def test_every_training_stage_resolves_for_every_model_and_card(model, gpu):
+    sft = load_recipe(RECIPES / "sft.yaml", [str(model), f"gpu={gpu}"], SFTRecipe)
+    grpo = load_recipe(RECIPES / "grpo.yaml", [str(model), f"gpu={gpu}"], GRPORecipe)
+    assert (grpo.model.dtype == "float16") == (gpu == "t4")
+    completions = grpo.training.batch_size * grpo.training.gradient_accumulation_steps
+    assert completions % grpo.training.num_generations == 0
+    assert grpo.training.max_completion_length < grpo.model.max_length
+    # Both stages agree about the model.
+    assert sft.model == grpo.model.model_copy(update={"adapter": None})
 
 
-@pytest.mark.parametrize("path", ALL, ids=name)
-def test_every_recipe_resolves(path):
-    recipe = load_recipe(path, ["gpu=24gb"] if path.stem in STAGES else [], KINDS[path.stem])
+@pytest.mark.parametrize("model", [*MODELS, RECIPES / "tiny"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("stage", ["sft", "grpo", "mine"])
+def test_every_stage_exists_for_every_model(model, stage):
+    layers = [str(model)] if model.suffix else []
+    path = RECIPES / f"{stage}.yaml" if layers else model / f"{stage}.yaml"
+    recipe = load_recipe(path, [*layers, *(["gpu=24gb"] if stage != "mine" else [])], KINDS[stage])
     # What is written into the run's folder names every key, and reads back as the same recipe.
     resolved = recipe.model_dump(mode="json")
-    assert KINDS[path.stem].model_validate(resolved) == recipe
+    assert resolved["stage"] == stage
+    assert KINDS[stage].model_validate(resolved) == recipe
+    # Labels are mined with the tokenizer that the model is trained with.
+    if stage == "mine" and layers:
+        sft = load_recipe(RECIPES / "sft.yaml", [*layers, "gpu=24gb"], SFTRecipe)
+        for key in ("name", "eos_token", "pad_token", "tokenizer_json"):
+            assert getattr(recipe.model, key) == getattr(sft.model, key)
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in ALL}), ids=lambda path: path.name)
-def test_both_stages_of_a_model_agree(folder):
-    sft, grpo = (load_recipe(folder / f"{stage}.yaml", ["gpu=24gb"], kind) for stage, kind in STAGES.items())
+@pytest.mark.parametrize("folder", [RECIPES, RECIPES / "tiny"], ids=lambda path: path.name)
+def test_the_retriever_resolves(folder):
+    load_recipe(folder / "retriever.yaml", [], RetrieverRecipe)
+
+
+def test_the_tiny_stages_follow_each_other():
+    sft, grpo = (load_recipe(RECIPES / "tiny" / f"{stage}.yaml", [], KINDS[stage]) for stage in ("sft", "grpo"))
     assert sft.model == grpo.model.model_copy(update={"adapter": None})
     assert grpo.model.adapter == f"{sft.training.output}/adapter"
 
 
-def test_what_is_stated_goes_before_the_dial():
-    path = RECIPES / "qwen" / "grpo.yaml"
-    stated = ["gpu=t4", "training.num_generations=4", "model.dtype=float32", "data.scorers.device=cuda"]
+def test_a_block_of_a_stage_is_for_that_stage_alone(tmp_path):
+    layer = tmp_path / "모델.yaml"
+    layer.write_text("model: {name: x}\ngrpo: {data: {scorers: {device: cpu}}, training: {seed: 7}}\n", "utf-8")
+    grpo = load_recipe(RECIPES / "grpo.yaml", [str(layer), "gpu=80gb", "training.seed=8"], GRPORecipe)
+    assert (grpo.model.name, grpo.data.scorers.device, grpo.training.seed) == ("x", "cpu", 8)
+    sft = load_recipe(RECIPES / "sft.yaml", ["training.seed=8", str(layer), "gpu=80gb"], SFTRecipe)
+    assert (sft.model.name, sft.training.seed) == ("x", 8)
+
+
+def test_a_recipe_of_another_stage_is_refused():
+    for path, kind in (("sft", GRPORecipe), ("grpo", SFTRecipe), ("mine", SFTRecipe)):
+        with pytest.raises(InputError, match=f"of stage {path}"):
+            load_recipe(RECIPES / "tiny" / f"{path}.yaml", [], kind)
+    with pytest.raises(InputError, match="stage: is none; known: sft, grpo, mine, retriever"):
+        load_recipe(RECIPES / "tiny" / "sft.yaml", ["stage=dpo"], SFTRecipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.mode=context"], "data: mode context needs data.context"),
+        (["data.mode=choose_rule", "data.context=c.jsonl"], "data: mode choose_rule needs data.labels"),
+        (
+            ["data.mode=recall_rule", "data.labels=l", "data.context=c"],
+            "context has no place in mode recall_rule",
+        ),
+        (
+            ["data.mode=plain", "data.context=c.jsonl"],
+            "context has no place in mode plain; set data.mode=context",
+        ),
+    ],
+)
+def test_a_mode_and_its_files_agree(overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(RECIPES / "tiny" / "sft.yaml", overrides, SFTRecipe)
+
+
+def test_keys_of_earlier_versions_are_taken_with_a_line(capsys):
+    recipe = load_recipe(
+        RECIPES / "tiny" / "grpo.yaml",
+        ["training.min_group_std=0.5", "data.context=c.jsonl"],
+        GRPORecipe,
+    )
+    assert recipe.data.mode == "context"
+    assert "data.mode is not stated; by its files it is context" in capsys.readouterr().err
+    values = {"stage": "sft", "training": {"min_spread": 0.5}, "data": {"labels": "l", "recall": True}}
+    assert len(list(upgrade(values))) == 2
+    assert values == {
+        "stage": "sft",
+        "training": {"min_group_std": 0.5},
+        "data": {"labels": "l", "mode": "recall_rule"},
+    }
+
+
+def test_what_is_stated_goes_before_the_preset():
+    path = RECIPES / "grpo.yaml"
+    stated = [QWEN, "gpu=t4", "training.num_generations=4", "model.dtype=float32", "data.scorers.device=cuda"]
     recipe = load_recipe(path, stated, GRPORecipe)
     assert (recipe.gpu, recipe.training.num_generations, recipe.model.dtype) == ("t4", 4, "float32")
     assert recipe.data.scorers.device == "cuda"
-    assert load_recipe(path, ["gpu=t4"], GRPORecipe).data.scorers.device == "cpu"
-    # The tiny recipes state everything: the dial changes nothing there.
+    assert load_recipe(path, [QWEN, "gpu=t4"], GRPORecipe).data.scorers.device == "cpu"
+    # The tiny recipes state everything: the preset changes nothing there.
     path = RECIPES / "tiny" / "grpo.yaml"
-    tiny, dialled = load_recipe(path, [], GRPORecipe), load_recipe(path, ["gpu=80gb"], GRPORecipe)
-    assert dialled == tiny.model_copy(update={"gpu": "80gb"})
+    tiny, preset = load_recipe(path, [], GRPORecipe), load_recipe(path, ["gpu=80gb"], GRPORecipe)
+    assert preset == tiny.model_copy(update={"gpu": "80gb"})
 
 
-def test_a_card_that_is_not_on_the_dial_is_an_error():
-    path = RECIPES / "qwen" / "grpo.yaml"
+def test_a_card_that_is_without_a_preset_is_an_error():
+    path = RECIPES / "grpo.yaml"
     with pytest.raises(InputError, match="gpu: Input should be 't4', '24gb', '40gb' or '80gb'"):
-        load_recipe(path, ["gpu=8gb"], GRPORecipe)
+        load_recipe(path, [QWEN, "gpu=8gb"], GRPORecipe)
     with pytest.raises(InputError, match="vLLM is not reliable on a T4"):
-        load_recipe(path, ["gpu=t4", "training.use_vllm=true"], GRPORecipe)
+        load_recipe(path, [QWEN, "gpu=t4", "training.use_vllm=true"], GRPORecipe)
     with pytest.raises(InputError, match="leaves no room for a prompt"):
-        load_recipe(path, ["gpu=t4", "model.max_length=320"], GRPORecipe)
+        load_recipe(path, [QWEN, "gpu=t4", "model.max_length=320"], GRPORecipe)
 
 
 def test_the_card_that_is_here_is_found(monkeypatch):
@@ -79,10 +143,10 @@ def test_the_card_that_is_here_is_found(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr("shutil.which", lambda name: None)
         with pytest.raises(InputError, match="gpu: auto finds no GPU here; state the card with gpu=t4"):
-            load_recipe(RECIPES / "qwen" / "sft.yaml", [], SFTRecipe)
+            load_recipe(RECIPES / "sft.yaml", [QWEN], SFTRecipe)
         monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
         with pytest.raises(InputError, match=r"though nvidia-smi is here: torch .* does not run with this driver"):
-            load_recipe(RECIPES / "qwen" / "sft.yaml", [], SFTRecipe)
+            load_recipe(RECIPES / "sft.yaml", [QWEN], SFTRecipe)
 
 
 def test_overrides():

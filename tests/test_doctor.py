@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
-from malpyeong.context import Context, write_contexts
-from malpyeong.doctor import SAMPLES, check, examine, examine_groups, examine_tokenizer
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.contest.records import load_records, write_records
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.export import export
-from malpyeong.guards import TrainingStoppedError, explain_out_of_memory, out_of_memory_text
-from malpyeong.model import (
+from malpyeong.models.load import (
     check_vllm,
     load_base,
     load_for_prediction,
@@ -20,10 +20,11 @@ from malpyeong.model import (
     load_tokenizer,
     stop_at_eos,
 )
-from malpyeong.prompts import build_messages, fit_contexts, prompt_ids, prompt_length
-from malpyeong.records import load_records, write_records
-from malpyeong.rules import load_rule_book
+from malpyeong.prompts.context import Context, write_contexts
+from malpyeong.prompts.messages import build_messages, fit_contexts, prompt_ids, prompt_length
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training.callbacks import TrainingStoppedError, explain_out_of_memory, out_of_memory_text
+from malpyeong.training.preflight import SAMPLES, check, examine, examine_groups, examine_tokenizer
 
 TRAIN = load_records(DATA / "train.json", answers="gold")[:40]
 
@@ -142,7 +143,7 @@ def test_groups_are_sampled_from_the_prompts_of_training(data, tmp_path, monkeyp
         return generate(input_ids=input_ids, **options)
 
     model.generate = watched
-    monkeypatch.setattr("malpyeong.model.load_for_training", lambda *_: (model, tokenizer))
+    monkeypatch.setattr("malpyeong.models.load.load_for_training", lambda *_: (model, tokenizer))
     assert len(list(examine_groups(recipe, "hf"))) == 3
     assert asked == [prompt_ids(tokenizer, build_messages(record, rules=[rule])) for record in TRAIN[:2]]
 
@@ -154,6 +155,26 @@ def test_a_card_that_is_too_small_is_named_with_the_lever(data):
     (error,) = [text for text in found(grpo(data, "gpu=t4", *large), "error") if "estimated peak" in text]
     assert "of 14.5" in error
     assert "training.batch_size=" in error
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "overrides", "level", "advice"),
+    [
+        ("qwen", "40gb", (), "ok", "model.load_in_4bit=false (model.load_in_4bit in both stages)"),
+        ("qwen", "40gb", ("model.load_in_4bit=false",), None, None),
+        ("qwen", "t4", (), None, None),
+        ("qwen", "t4", ("training.gradient_accumulation_steps=16",), "warning", "gradient_accumulation_steps=8"),
+        ("qwen-8b", "80gb", (), None, None),
+    ],
+)
+def test_sampling_advice_is_for_the_card_and_the_model(model, gpu, overrides, level, advice, data):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here, and it decides")
+    files = [f"recipes/models/{model}.yaml", f"data.train={data}", f"gpu={gpu}", *overrides]
+    findings = examine(load_recipe("recipes/grpo.yaml", files, GRPORecipe), "unsloth")
+    given = [finding for finding in findings if "sample quicker" in finding.text or "sampled together" in finding.text]
+    assert [finding.level for finding in given] == [level] * bool(level)
+    assert all(advice in str(finding) for finding in given)
 
 
 def test_a_full_disk_is_an_error(data, monkeypatch):
@@ -328,7 +349,7 @@ def test_vllm_is_refused_with_a_cure_where_it_cannot_run(data):
 
 
 def test_out_of_memory_names_the_peak_and_the_lever(data, monkeypatch):
-    recipe = load_recipe("recipes/qwen/grpo.yaml", ["gpu=24gb"], GRPORecipe)
+    recipe = load_recipe("recipes/grpo.yaml", ["recipes/models/qwen.yaml", "gpu=24gb"], GRPORecipe)
     text = out_of_memory_text(recipe, "hf", 22.5, 23.6)
     assert "peak 22.5 GiB of 23.6" in text
     assert "training." in text or "data.scorers.device=cpu" in text

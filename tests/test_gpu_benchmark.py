@@ -11,8 +11,8 @@ from benchmarks import gpu
 from benchmarks.gpu_case import ROOT, is_out_of_memory, made_up_answers
 from benchmarks.gpu_table import table
 from benchmarks.random_models import SHAPES, empty_model
-from malpyeong.answer import contest_split, format_problem
-from malpyeong.records import load_records
+from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.contest.records import load_records
 from malpyeong.samples import DATA
 
 
@@ -90,7 +90,7 @@ def test_running_out_of_memory_is_told_from_other_errors():
         try:
             raise cause
         except RuntimeError:
-            raise ValueError("stopped") from None  # as malpyeong.guards does
+            raise ValueError("stopped") from None  # as malpyeong.training.callbacks does
 
     for cause, expected in ((torch.OutOfMemoryError("CUDA out of memory"), True), (RuntimeError("another"), False)):
         with pytest.raises(ValueError, match="stopped") as caught:

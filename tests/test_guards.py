@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from malpyeong.guards import Guards, TrainingStoppedError
+from malpyeong.training.callbacks import Guards, TrainingStoppedError
 
 GOOD = {"loss": 0.1, "grad_norm": 1.0, "dead_groups": 0.5, "completions/clipped_ratio": 0.5}
 

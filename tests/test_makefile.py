@@ -38,9 +38,10 @@ def test_every_stage_gets_the_context(make, tmp_path):
     search, sft = make("sft-qwen", "GPU=t4", "ARGS=training.epochs=1 --quick")
     files = [f"{train}", f"{data / 'dev.json'}", "--examples", f"{train}"]
     assert search == ["-m", "malpyeong.retrieval", "search", *files, "-o", f"{context}"]
-    assert sft[:2] == ["recipes/sft.py", "recipes/qwen/sft.yaml"]
-    assert sft[4:] == [
-        f"data.context={context}", f"training.output={runs / 'qwen-sft'}", "gpu=t4", "training.epochs=1", "--quick",
+    assert sft[:3] == ["recipes/sft.py", "recipes/sft.yaml", "recipes/models/qwen.yaml"]
+    assert sft[5:] == [
+        f"data.context={context}", "data.mode=context",
+        f"training.output={runs / 'qwen-sft'}", "gpu=t4", "training.epochs=1", "--quick",
         "--resume", "auto",
     ]  # fmt: skip
 
@@ -67,12 +68,13 @@ def test_a_model_that_chooses_gets_the_labels_that_were_mined(make, tmp_path):
     data, runs = tmp_path / "대회 자료", tmp_path / "결 과"
     (data / "rules.json").touch()
     _, mine = make("mine-qwen", "MODEL=내 모형")
-    assert mine[:3] == [
-        "recipes/mine_contexts.py",
-        "recipes/qwen/mine.yaml",
+    assert mine[:4] == [
+        "recipes/mine.py",
+        "recipes/mine.yaml",
+        "recipes/models/qwen.yaml",
         f'data.questions=["{data / "train.json"}", "{data / "dev.json"}"]',
     ]
-    assert mine[3:] == [
+    assert mine[4:] == [
         f"data.rules={data / 'rules.json'}", f"data.context={runs / 'context.jsonl'}",
         f"mining.output={runs / 'qwen-mined'}", "model.name=내 모형", "--resume", "auto",
     ]  # fmt: skip

@@ -23,16 +23,16 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from malpyeong.context import write_contexts
+from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile
-from malpyeong.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
-from malpyeong.model import load_for_prediction
-from malpyeong.perplexity import Row, perplexities, perplexity, shared_prefix
-from malpyeong.prompts import build_messages, completion_ids, prompt_ids
-from malpyeong.records import Record, load_records, write_records
-from malpyeong.rules import Rule, load_rule_book
+from malpyeong.models.load import load_for_prediction
+from malpyeong.prompts.context import write_contexts
+from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
+from malpyeong.training.perplexity import Row, perplexities, perplexity, shared_prefix
 
 ROOT = Path(__file__).parent.parent
 DEV = load_records(DATA / "dev.json", answers="gold")
@@ -124,8 +124,8 @@ def test_logits_are_computed_in_pieces(monkeypatch, make, limit):
         sizes.append(made.numel())
         return made
 
-    monkeypatch.setattr("malpyeong.perplexity.MAX_LOGITS", {"cpu": limit, "cuda": limit})
-    monkeypatch.setattr("malpyeong.perplexity.linear", linear)
+    monkeypatch.setattr("malpyeong.training.perplexity.MAX_LOGITS", {"cpu": limit, "cuda": limit})
+    monkeypatch.setattr("malpyeong.training.perplexity.linear", linear)
     with model.get_output_embeddings().register_forward_hook(lambda _, __, made: sizes.append(made.numel())):
         found = perplexities(model, shared_prefix(model, head), ROWS, pad=0)
     assert max(sizes) <= max(limit, vocabulary if make is llama_with_lora_head else positions)
@@ -170,7 +170,7 @@ def test_mined_values_equal_the_formulas(tiny):
 
 
 def _verdict(sentence):
-    from malpyeong.answer import subject_particle
+    from malpyeong.contest.particles import subject_particle
 
     return f'"{sentence}"{subject_particle(sentence)} 옳다.'
 
@@ -349,7 +349,7 @@ def test_killed_and_started_again_gives_the_same_file(folder, recipe, monkeypatc
     assert recipe(folder, "whole").exit_code == 0
     part, result = (folder / "killed" / name for name in ("contexts.part.jsonl", "contexts.jsonl"))
     process = subprocess.Popen(
-        [sys.executable, "recipes/mine_contexts.py", *arguments(folder, "killed")],
+        [sys.executable, "recipes/mine.py", *arguments(folder, "killed")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

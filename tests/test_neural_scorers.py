@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.random_scorers import make_bleurt, make_encoder, make_old_bleurt, make_sentencepiece, sample_texts
 from malpyeong.errors import InputError
-from malpyeong.scoring.bertscore import BERTScore
-from malpyeong.scoring.bleurt import BLEURT, truncated
-from malpyeong.scoring.pairs import MissingModelError, batches
+from malpyeong.metrics.bertscore import BERTScore
+from malpyeong.metrics.bleurt import BLEURT, truncated
+from malpyeong.metrics.pairs import MissingModelError, batches
 
 REASONS = [text.partition("가 옳다. ")[2] for text in sample_texts()[::300] if "가 옳다. " in text]
 PAIRS = [
@@ -241,7 +241,7 @@ def test_a_tokenizer_without_korean_is_refused(encoder, tmp_path):
 
 
 def test_the_published_pairs_command(bleurt_folder, run_module):
-    result = run_module("-m", "malpyeong.scoring.bleurt", bleurt_folder)
+    result = run_module("-m", "malpyeong.metrics.bleurt", bleurt_folder)
     assert result.returncode == 1, result.stderr  # random weights do not give the published scores
     assert "published: 0.99905, 0.79302" in result.stdout
     assert result.stdout.count("gelu") == 2

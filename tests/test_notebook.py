@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from malpyeong.records import load_records, write_records
+from malpyeong.contest.records import load_records, write_records
 from malpyeong.samples import DATA
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")

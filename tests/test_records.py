@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.errors import InputError
 from malpyeong.evaluate import main as evaluate_main
-from malpyeong.records import Record, load_records, write_records
 from malpyeong.submit import main as submit_main
 
 

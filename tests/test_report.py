@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malpyeong import answer as answer_module
-from malpyeong.answer import format_problem
-from malpyeong.records import Record, load_records, write_records
+from malpyeong.contest import answer as answer_module
+from malpyeong.contest.answer import format_problem
+from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.metrics.aggregate import score_records
+from malpyeong.metrics.exact_match import exact_match
 from malpyeong.report.causes import Cause, find_cause
 from malpyeong.report.charts import chart, number
 from malpyeong.report.error_page import error_page, in_korean
 from malpyeong.report.text import MAX_SHOWN_CHARS, differences, visible
 from malpyeong.samples import DATA
-from malpyeong.scoring.exact_match import exact_match
-from malpyeong.scoring.report import score_records
 
 FIX = "다음 문장에서 어문 규범에 부합하지 않는 부분을 찾아 고치고, 그 이유를 설명하세요.\n"
 CHOOSE = " 가운데 올바른 것을 선택하고, 그 이유를 설명하세요."

@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malpyeong.answer import contest_split
-from malpyeong.context import Context, load_contexts
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.rulebook import Rule, load_rule_book, write_rule_book
 from malpyeong.errors import InputError
-from malpyeong.model import load_tokenizer
-from malpyeong.prompts import build_messages, fit_contexts, left_out, prompt_ids, prompt_length
-from malpyeong.records import Record, load_records, write_records
+from malpyeong.metrics.rouge import rouge_1
+from malpyeong.models.load import load_tokenizer
+from malpyeong.prompts.context import Context, load_contexts
+from malpyeong.prompts.messages import build_messages, fit_contexts, left_out, prompt_ids, prompt_length
 from malpyeong.retrieval.bm25 import BM25, terms
 from malpyeong.retrieval.evaluate import evaluate_examples, evaluate_rules, methods, rank_measures, rouge_matrix
 from malpyeong.retrieval.question import changed_words, read_question, readings
 from malpyeong.retrieval.search import Document, Retriever, example_documents, rule_documents
-from malpyeong.rules import Rule, load_rule_book, write_rule_book
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.scoring.rouge import rouge_1
 
 TRAIN = load_records(DATA / "train.json", answers="gold")
 RULES = load_rule_book(DATA / "rules.json")
@@ -45,6 +45,8 @@ def correction(id_, sentence, answer=None):
         (f'"{{가/나}}는 {{다 라/다라/마}}." {CHOOSE}', "는 .", ("가", "나", "다 라", "다라", "마")),
         (f'{CORRECT}\n"밥을 먹던지 자라."', "밥을 먹던지 자라.", ()),
         (f"{CORRECT}\n― 밥을 먹던지.", "― 밥을 먹던지.", ()),
+        ('"{가／나}는 {를, 도}." 고르세요.', "는 {를, 도}. 고르세요.", ("가", "나")),
+        ("다음 중 고르세요.\n- 먹든지.\n- 먹던지.", "다음 중 고르세요. - 먹든지. - 먹던지.", ("먹든지.", "먹던지.")),
         ("다음 문장에 쉼표를 넣으세요.\n\"'{ }'\"", "다음 문장에 쉼표를 넣으세요. '{ }'", ()),
         (
             '다음 중 고르세요.\n"밥을 먹든지."\n"밥을 먹던지."',
@@ -491,21 +493,23 @@ def test_evaluate_with_models(folder, embedder, cross_encoder):
 
 
 def test_training_prompts_carry_what_fits(capsys):
-    from malpyeong.training import Questions, grpo_dataset, sft_dataset
+    from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
 
     tokenizer, records = load_tokenizer(str(TINY_BASE)), TRAIN[:2]
     contexts = [Context(tuple(RULES[:1]), tuple(TRAIN[5:7])), Context()]
-    whole = sft_dataset(tokenizer, Questions(records, contexts), 2_000)
+    whole = sft_dataset(tokenizer, Questions(records, "context", contexts), 2_000)
     expected = prompt_ids(tokenizer, build_messages(records[0], TRAIN[5:7], RULES[:1]))
     assert whole[0]["input_ids"][: len(expected)] == expected
     assert whole[0]["labels"][: len(expected)] == [-100] * len(expected)
     assert whole[1] == sft_dataset(tokenizer, Questions(records), 2_000)[1]
     assert capsys.readouterr().out == ""
-    cut = sft_dataset(tokenizer, Questions(records, contexts), len(whole[0]["input_ids"]) - 1)
-    shorter = sft_dataset(tokenizer, Questions(records[:1], [Context(tuple(RULES[:1]), tuple(TRAIN[5:6]))]), 2_000)
+    cut = sft_dataset(tokenizer, Questions(records, "context", contexts), len(whole[0]["input_ids"]) - 1)
+    shorter = sft_dataset(
+        tokenizer, Questions(records[:1], "context", [Context(tuple(RULES[:1]), tuple(TRAIN[5:6]))]), 2_000
+    )
     assert cut[0]["input_ids"] == shorter[0]["input_ids"]
     assert "1 of 3 rules and examples do not fit model.max_length and are left out" in capsys.readouterr().out
-    prompts = grpo_dataset(tokenizer, Questions(records[:1], contexts[:1]), 2_000, 100, 1, 0)
+    prompts = grpo_dataset(tokenizer, Questions(records[:1], "context", contexts[:1]), 2_000, 100, 1, 0)
     assert prompts[0]["prompt"] == build_messages(records[0], TRAIN[5:7], RULES[:1])
 
 

@@ -6,12 +6,13 @@ import unicodedata
 import pytest
 
 from benchmarks.random_scorers import make_bleurt, make_encoder
-from malpyeong.answer import format_problem
-from malpyeong.records import load_records
-from malpyeong.rewards import NEEDS, REWARDS, RewardRun
+from malpyeong.config.recipe import REWARD_MODELS
+from malpyeong.contest.answer import format_problem
+from malpyeong.contest.records import load_records
+from malpyeong.metrics.bertscore import BERTScore
+from malpyeong.metrics.bleurt import BLEURT
 from malpyeong.samples import DATA
-from malpyeong.scoring.bertscore import BERTScore
-from malpyeong.scoring.bleurt import BLEURT
+from malpyeong.training.rewards import REWARDS, RewardRun
 
 GOLD = '"가게에 갔다."가 옳다. 두 단어는 띄어 쓴다.'
 
@@ -113,7 +114,7 @@ def models(tmp_path_factory):
 
 
 def score(name, models, *completions, gold=CHOICE):
-    chosen = {f"{model}_model": models[model] for model in NEEDS.get(name, ())}
+    chosen = {f"{model}_model": models[model] for model in REWARD_MODELS[name]}
     return REWARDS[name](completions=list(completions), reference=[gold] * len(completions), **chosen)
 
 
@@ -187,7 +188,7 @@ def test_dead_groups_and_spread_are_logged_whatever_the_batch_looks_like(models)
     assert logged["dead_groups"] == 0.5
     assert logged["spread/format"] == pytest.approx(statistics.stdev([1, 1, 0, 1]) / 2)
     assert logged["spread/exact_match"] == pytest.approx(statistics.stdev([1, 0, 0, 1]) / 2)
-    assert 0 < logged["reward_seconds"] == run.seconds
+    assert run.seconds > 0
     assert found[1] == [1, 1, 1, 1, 1, 0, 0, 1]
 
 

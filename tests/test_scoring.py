@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.random_scorers import make_bleurt, make_encoder
-from malpyeong.answer import contest_split
-from malpyeong.records import Record
-from malpyeong.scoring.exact_match import exact_match, normalise
-from malpyeong.scoring.report import METRICS, compare, confidence, score_records, summarise
-from malpyeong.scoring.rouge import MorphemeTokenizer, rouge_1
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import Record
+from malpyeong.metrics.aggregate import METRICS, compare, confidence, score_records, summarise
+from malpyeong.metrics.exact_match import exact_match, normalise
+from malpyeong.metrics.rouge import MorphemeTokenizer, rouge_1
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "official_scorer.json").read_text("utf-8"))
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = json.loads((FOLDER / "official_scorer.json").read_text("utf-8"))
+STRIPPED = json.loads((FOLDER / "rouge_strip.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("pair", GOLDEN["rouge1_pairs"], ids=lambda pair: pair["hyp"][:20])
@@ -23,6 +25,15 @@ def test_rouge_1_of_the_golden_pairs(pair):
     assert tokenizer.tokenize(pair["hyp"]) == pair["hyp_tokens"]
     assert tokenizer.tokenize(pair["ref"]) == pair["ref_tokens"]
     assert rouge_1(pair["hyp"], pair["ref"]) == pytest.approx(pair["rouge1"]["f"], abs=1e-9)
+
+
+@pytest.mark.parametrize("pair", STRIPPED, ids=lambda pair: pair["ref"][:20])
+def test_rouge_1_of_texts_that_begin_or_end_in_marks(pair):
+    assert rouge_1(pair["hyp"], pair["ref"]) == pytest.approx(pair["rouge_1"], abs=1e-9)
+
+
+def test_marks_are_stripped_before_the_morphemes_are_cut():
+    assert MorphemeTokenizer().tokenize("'만하다'는 보조 형용사이다.")[:2] == ["만하다", "는"]
 
 
 @pytest.mark.parametrize("vector", GOLDEN["answer_vectors"], ids=lambda vector: vector["pred"])

@@ -1,4 +1,4 @@
-"""Real runs of recipes/train_retriever.py with a model made on the spot."""
+"""Real runs of recipes/retriever.py with a model made on the spot."""
 
 import json
 import subprocess
@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from malpyeong.model import load_tokenizer
-from malpyeong.records import load_records, write_records
+from malpyeong.contest.records import load_records, write_records
+from malpyeong.contest.rulebook import load_rule_book
+from malpyeong.models.load import load_tokenizer
 from malpyeong.retrieval.evaluate import evaluate_rules
 from malpyeong.retrieval.neural import Dense, load_encoder
 from malpyeong.retrieval.search import Retriever, rule_documents
-from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +23,7 @@ LABELS = {id_: label["rule"] for id_, label in json.loads((DATA / "labels.json")
 
 
 def train(*arguments):
-    command = [sys.executable, "recipes/train_retriever.py", "recipes/tiny/retriever.yaml", *map(str, arguments)]
+    command = [sys.executable, "recipes/retriever.py", "recipes/tiny/retriever.yaml", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
 

@@ -15,18 +15,19 @@ from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
 from benchmarks.random_scorers import make_bleurt, make_encoder
-from malpyeong.answer import contest_split
-from malpyeong.config import GRPORecipe, load_recipe
-from malpyeong.engines import Decoding, TransformersEngine
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import Record, load_records
+from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.export import export
-from malpyeong.model import load_base, load_for_prediction, load_for_training, load_tokenizer
+from malpyeong.models.load import load_base, load_for_prediction, load_for_training, load_tokenizer
 from malpyeong.predict import predict
-from malpyeong.prompts import TEMPLATE_OPTIONS, build_messages, prompt_ids
-from malpyeong.records import Record, load_records
-from malpyeong.runs import assert_arguments, last_checkpoint
+from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import Questions, grpo_dataset, sft_dataset
+from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
+from malpyeong.training.run import assert_arguments, last_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TRAIN = load_records(DATA / "train.json", answers="gold")
@@ -68,7 +69,7 @@ def weights(run):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A small training and dev file in a folder whose name has a space and Hangul."""
-    from malpyeong.records import write_records
+    from malpyeong.contest.records import write_records
 
     folder = tmp_path_factory.mktemp("자료 폴더")
     short = sorted(TRAIN, key=lambda record: len(record.question + record.answer))
@@ -112,6 +113,7 @@ def test_sft_learns_and_leaves_a_complete_folder(sft_run):
     log = json.loads((sft_run / "log.json").read_text("utf-8"))
     dev = [row["eval_loss"] for row in log if "eval_loss" in row]
     assert dev[-1] < dev[0]
+    assert all(("loss" in row) == ("step_seconds" in row) for row in log)
     environment = json.loads((sft_run / "environment.json").read_text("utf-8"))
     assert environment["versions"]["trl"] == "1.14.2"
     assert environment["sha256"].keys() == {"data.train", "data.dev", "model.name"}
@@ -189,6 +191,12 @@ def test_run_page_shows_curves_and_sampled_groups(grpo_run, open_page, tmp_path)
 def test_run_page_of_a_run_in_progress_and_on_a_phone(stage, sft_run, grpo_run, open_page, tmp_path):
     whole, run = {"sft": sft_run, "grpo": grpo_run}[stage], tmp_path / "run"
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("adapter", "log.json"))
+    state = last_checkpoint(run) / "trainer_state.json"
+    found = json.loads(state.read_text("utf-8"))
+    for row in found["log_history"]:
+        if "step_seconds" in row:  # as on a GPU
+            row |= {"peak_allocated_gib": 11.2, "peak_reserved_gib": 12.4}
+    state.write_text(json.dumps(found), encoding="utf-8")
     # A newer checkpoint and a table that are being written just now.
     (run / "checkpoint-9999").mkdir()
     (run / "checkpoint-9999" / "trainer_state.json").write_text('{"global_st')
@@ -196,7 +204,10 @@ def test_run_page_of_a_run_in_progress_and_on_a_phone(stage, sft_run, grpo_run, 
     (run / "completions" / "completions_09999.parquet").write_bytes(b"PAR1")
     page = open_page(write_run_page(run, tmp_path / "run.html"), width=360)
     assert "체크포인트" in page.inner_text(".notice")
-    assert page.locator("figure").count() == {"sft": 4, "grpo": 10}[stage]
+    assert page.locator("figure").count() == {"sft": 6, "grpo": 11}[stage]
+    cards = page.inner_text(".cards")
+    assert "11.2 GiB" in cards
+    assert "한 단계" in cards
     assert page.locator("section.group").count() == {"sft": 0, "grpo": 6}[stage]
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert (run / "checkpoint-9999").exists()  # looking changes nothing
@@ -242,9 +253,11 @@ def test_grpo_with_all_of_the_contests_metrics(data, sft_run, tmp_path):
     for row in steps:
         for name in rewards:
             assert f"rewards/{name}/mean" in row
-            assert row[f"spread/{name}"] >= 0
+            assert row[f"group_std/{name}"] >= 0
         assert 0 <= row["dead_groups"] <= 1
-        assert 0 < row["reward_seconds"] < row["step_time"]
+        parts = [row[f"{part}_seconds"] for part in ("generate", "reward", "update")]
+        assert all(seconds > 0 for seconds in parts)
+        assert sum(parts) == pytest.approx(row["step_seconds"])
 
 
 def test_a_run_of_dead_groups_stops_and_says_why(data, sft_run, tmp_path):
@@ -458,7 +471,7 @@ def test_batched_prediction_does_not_depend_on_the_batch(sft_run):
 
 
 def test_predict_command_keeps_ids_and_order(sft_run, run_module, tmp_path):
-    from malpyeong.records import write_records
+    from malpyeong.contest.records import write_records
 
     questions = [Record(f"{9 - n}", r.question_type, r.question) for n, r in enumerate(TRAIN[:5])]
     write_records(tmp_path / "questions.json", questions)
@@ -511,7 +524,7 @@ def test_pad_must_differ_from_eos(tmp_path):
 
 
 def test_unsloth_is_refused_with_a_cure_where_it_cannot_run(sft_run):
-    from malpyeong.model import choose_backend
+    from malpyeong.models.load import choose_backend
 
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")

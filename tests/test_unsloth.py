@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from malpyeong.environment import prepare_environment, version_problems
+from malpyeong.models.environment import prepare_environment, version_problems
 from malpyeong.samples import TINY_BASE
 
 ROOT = Path(__file__).parent.parent
@@ -102,8 +102,9 @@ def test_a_version_that_does_not_fit_is_one_line_with_the_cure(tmp_path, monkeyp
 
 GENERATED = """
 import dataclasses, importlib, importlib.util, inspect, json, os, sys
-from malpyeong.config import GRPORecipe, SFTRecipe, load_recipe
-from malpyeong.runs import assert_arguments
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.training.run import assert_arguments
 sys.path.insert(0, os.environ["UNSLOTH_COMPILE_LOCATION"])
 import trl, trl.trainer.sft_trainer
 stock = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}
@@ -123,8 +124,8 @@ for stage, config in stock.items():
     spec.loader.exec_module(script)
     for gpu in ("t4", "24gb", "40gb", "80gb"):
         # No GPU: no 16-bit formats, and Unsloth's CPU backend puts an AdamW of its own in the place of any.
-        overrides = [f"gpu={gpu}", "model.dtype=float32", "training.optim=sgd"]
-        stated = script.arguments(load_recipe(f"recipes/qwen/{stage}.yaml", overrides, kinds[stage]), "unsloth")
+        overrides = ["recipes/models/qwen.yaml", f"gpu={gpu}", "model.dtype=float32", "training.optim=sgd"]
+        stated = script.arguments(load_recipe(f"recipes/{stage}.yaml", overrides, kinds[stage]), "unsloth")
         assert_arguments(generated(**stated), stated)
     found = changed[stage] = {"all": 0, "left": {}}
     for field in dataclasses.fields(config):
@@ -155,8 +156,9 @@ def test_unsloths_generated_trainers_keep_what_the_recipes_state_and_decide_noth
 CPU_BACKEND = """
 import sys
 import unsloth
-from malpyeong.config import SFTRecipe, load_recipe
-from malpyeong.model import _load_unsloth
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import SFTRecipe
+from malpyeong.models.load import _load_unsloth
 recipe = load_recipe("recipes/tiny/sft.yaml", ["model.name=" + sys.argv[1]], SFTRecipe)
 model, tokenizer = _load_unsloth(recipe.model, 0, True, False)
 trained = [p.numel() for p in model.parameters() if p.requires_grad]

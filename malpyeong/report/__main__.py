@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 
 from malpyeong.errors import InputError
-from malpyeong.evaluate import load_answers, load_categories, load_scorers, scoring_options
 from malpyeong.files import check_writable, write_text
-from malpyeong.scoring.report import score_records
+from malpyeong.metrics.aggregate import score_records
+from malpyeong.metrics.inputs import load_answers, load_categories, scoring_options
+from malpyeong.metrics.scorers import load_scorers
 
 
 @click.group()

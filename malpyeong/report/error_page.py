@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from malpyeong.answer import contest_split
+from malpyeong.contest.answer import contest_split
+from malpyeong.metrics.aggregate import FINALS, METRICS, RecordScore, confidence, summarise
 from malpyeong.report.causes import Cause, find_cause
 from malpyeong.report.pages import render
 from malpyeong.report.text import Piece, cut, differences
-from malpyeong.scoring.report import FINALS, METRICS, RecordScore, confidence, summarise
 
 _NAMES = {
     "final_score": "최종",
@@ -34,7 +34,8 @@ _FORMAT_PROBLEMS = {
     "cut off before the verdict": "판정(가 옳다)이 없음",
     "verdict written with": "판정의 조사가 이/가가 아님",
     "empty sentence": "빈 문장",
-    "verdict is not written exactly": '판정이 “"가 옳다. ” 꼴이 아님',
+    "verdict is not written exactly": '판정이 “"가 옳다.” 꼴이 아님',
+    "another sentence before": "옳은 문장 앞에 다른 문장이 있음(A가 아니라 B가 옳다)",
     "space inside the quotes": "따옴표 안쪽에 빈칸",
     "no reason": "이유가 없음",
     "the contest's split falls elsewhere": "채점기가 다른 곳에서 나눔(또 다른 ‘가 옳다’)",
@@ -178,5 +179,5 @@ def _sides(gold: tuple[str, str], prediction: tuple[str, str]) -> tuple[Side, Si
 
 
 def in_korean(problem: str) -> str:
-    """Return what :func:`malpyeong.answer.format_problem` says in Korean; what is not known here as it is."""
+    """Return what :func:`malpyeong.contest.answer.format_problem` says in Korean; what is not known here as it is."""
     return next((korean for start, korean in _FORMAT_PROBLEMS.items() if problem.startswith(start)), problem)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.choice import load_given_labels
-from malpyeong.context import write_contexts
+from malpyeong.contest.records import load_records
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable
-from malpyeong.records import load_records
+from malpyeong.prompts.context import write_contexts
+from malpyeong.prompts.rule_choice import load_given_labels
 from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents, rule_documents
-from malpyeong.rules import load_rule_book
 
 if TYPE_CHECKING:
     from malpyeong.retrieval.neural import Dense, Reranker

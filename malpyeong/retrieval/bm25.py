@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
+from malpyeong.errors import needs
 from malpyeong.retrieval.question import Question
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class BM25:
     """
 
     def __init__(self, documents: Sequence["Document"], bigrams: bool = True, focus_weight: int = FOCUS_WEIGHT) -> None:
+        needs("bm25s", "retrieval")
         import bm25s
 
         self._bigrams, self._focus_weight = bigrams, focus_weight
@@ -69,6 +71,7 @@ def terms(text: str, bigrams: bool) -> tuple[str, ...]:
 
 @cache
 def _kiwi() -> "Kiwi":
+    needs("kiwipiepy", "retrieval")
     from kiwipiepy import Kiwi
 
     return Kiwi(num_workers=1)

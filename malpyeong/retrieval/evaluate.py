@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from malpyeong.answer import contest_split
+from malpyeong.contest.answer import contest_split
+from malpyeong.contest.records import Record
+from malpyeong.contest.rulebook import Rule
 from malpyeong.errors import InputError, printable
-from malpyeong.records import Record
 from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents
-from malpyeong.rules import Rule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,14 +152,14 @@ def methods(
 
 
 def rouge_matrix(references: Sequence[str], candidates: Sequence[str]) -> "NDArray[np.float64]":
-    """Return the ROUGE-1 F1 of every pair, of shape (references, candidates), as ``malpyeong.scoring.rouge`` does.
+    """Return the ROUGE-1 F1 of every pair, of shape (references, candidates), as ``malpyeong.metrics.rouge`` does.
 
     Clipped counts become sets once a text's n-th use of a morpheme is told from its first, so that all overlaps are one
     matrix product.
     """
     import numpy as np
 
-    from malpyeong.scoring.rouge import MorphemeTokenizer
+    from malpyeong.metrics.rouge import MorphemeTokenizer
 
     tokenizer = MorphemeTokenizer()
     places: dict[tuple[str, int], int] = {}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from malpyeong.errors import InputError
+from malpyeong.errors import InputError, needs
 from malpyeong.retrieval.question import Question
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Dense:
     """
 
     def __init__(self, documents: Sequence["Document"], model: str, device: str | None = None) -> None:
+        needs("sentence_transformers", "retrieval")
         from sentence_transformers import SentenceTransformer
 
         self._model = _load(model, lambda: SentenceTransformer(model, device=device))
@@ -70,6 +71,7 @@ class Reranker:
     """
 
     def __init__(self, model: str, device: str | None = None) -> None:
+        needs("sentence_transformers", "retrieval")
         from sentence_transformers import CrossEncoder
 
         self._model = _load(model, lambda: CrossEncoder(model, device=device))
@@ -97,17 +99,18 @@ def load_encoder(name: str, dtype: str, max_length: int) -> "SentenceTransformer
 
     Args:
         name: folder or hub id.
-        dtype: of the weights; see :func:`malpyeong.model.pick_dtype`.
+        dtype: of the weights; see :func:`malpyeong.models.load.pick_dtype`.
         max_length: tokens from which on a text would be cut.
 
     Raises:
         InputError: there is no such model here and it cannot be downloaded.
     """
+    needs("sentence_transformers", "retrieval")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.util import is_sentence_transformer_model
 
-    from malpyeong.model import pick_dtype
+    from malpyeong.models.load import pick_dtype
 
     options = {"dtype": pick_dtype(dtype)}
 

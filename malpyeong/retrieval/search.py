@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from malpyeong.answer import parse_answer
-from malpyeong.records import Record
+from malpyeong.contest.answer import parse_answer
+from malpyeong.contest.records import Record
+from malpyeong.contest.rulebook import Rule
 from malpyeong.retrieval.question import Question, changed_words, read_question, readings
-from malpyeong.rules import Rule
 
 if TYPE_CHECKING:
     import numpy as np

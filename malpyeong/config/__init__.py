@@ -1,0 +1,1 @@
+"""Recipe files: their blocks and what a card presets."""

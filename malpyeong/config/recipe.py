@@ -1,0 +1,318 @@
+"""The blocks and keys of a recipe. How a file becomes one is in ``malpyeong.config.load``."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from malpyeong.config.gpu import Gpu
+
+Mode = Literal["plain", "context", "choose_rule", "recall_rule"]
+
+# The rewards that a recipe may name, and the models that they need (``malpyeong.training.rewards`` has the functions).
+REWARD_MODELS: dict[str, tuple[str, ...]] = {
+    "format": (),
+    "exact_match": (),
+    "rouge_1": (),
+    "bertscore": ("bertscore",),
+    "bleurt": ("bleurt",),
+    "official": ("bertscore", "bleurt"),
+    "choice": (),
+}
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Block(BaseModel):
+    """A block of a recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraBlock(Block):
+    """LoRA adapter: rank, scale and where it goes. Dropout is always 0 (rollouts are sampled in train mode)."""
+
+    r: int = Field(default=64, gt=0)
+    alpha: int = Field(default=128, gt=0)
+    target_modules: list[str] = Field(default=ALL_LINEAR, min_length=1)
+
+
+class ModelFacts(Block):
+    """A model (folder or hub id), the adapter on it, and what its tokenizer's files get wrong.
+
+    ``eos_token`` and ``pad_token`` replace the tokenizer's own; answers end with the former, and generation stops at
+    it. ``tokenizer_json: true`` reads ``tokenizer.json`` as it is, where transformers would put the tokenizer class of
+    the architecture in the place of the one that the model was trained with.
+    """
+
+    name: str
+    adapter: str | None = None
+    load_in_4bit: bool = True
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    max_length: int = Field(gt=0)
+    eos_token: str | None = None
+    pad_token: str | None = None
+    tokenizer_json: bool = False
+
+
+class ModelBlock(ModelFacts):
+    """Which model is trained, and how."""
+
+    backend: Literal["auto", "unsloth", "hf"] = "auto"
+    lora: LoraBlock = LoraBlock()
+
+
+class PromptData(Block):
+    """What stands in the prompts beside the question.
+
+    ``mode``: ``plain``, the question alone; ``context``, with rules and solved examples; ``choose_rule``, with rules of
+    which the model names one before it answers; ``recall_rule`` (SFT), no rules, and it learns to name the right one.
+    ``context``: rules and solved examples (``malpyeong.retrieval search``). ``labels``: which rules are right (a file
+    of ``malpyeong.prompts.rule_choice``).
+    """
+
+    mode: Mode = "plain"
+    context: str | None = None
+    labels: str | None = None
+
+    @model_validator(mode="after")
+    def _files_of_the_mode(self) -> Self:
+        for key, modes in (("context", ("context", "choose_rule")), ("labels", ("choose_rule", "recall_rule"))):
+            if getattr(self, key) and self.mode not in modes:
+                raise ValueError(
+                    f"{key} has no place in mode {self.mode}; set data.mode={modes[0]}, or data.{key}=null"
+                )
+            if not getattr(self, key) and self.mode in modes:
+                raise ValueError(f"mode {self.mode} needs data.{key}, a file")
+        return self
+
+
+class SFTData(PromptData):
+    """Files of the SFT stage; ``context`` and ``labels`` serve both."""
+
+    train: str
+    dev: str
+
+
+class SFTTraining(Block):
+    """How the SFT stage trains. Dev loss is measured every ``eval_steps``; training stops when it has not
+    fallen for ``patience`` measurements, and the best adapter is kept."""
+
+    output: str
+    seed: int = 0
+    epochs: float = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=10, ge=0)
+    batch_size: int = Field(gt=0)
+    gradient_accumulation_steps: int = Field(gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    optim: str = "adamw_8bit"
+    gradient_checkpointing: bool = True
+    eval_steps: int = Field(default=20, gt=0)
+    patience: int = Field(default=3, gt=0)
+    logging_steps: int = Field(default=1, gt=0)
+
+
+class ScorersBlock(Block):
+    """Models of the rewards ``bertscore``, ``bleurt`` and ``official``: hub ids or folders, and where they run."""
+
+    bertscore: str | None = None
+    bleurt: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+class GRPOData(PromptData):
+    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.training.rewards``)."""
+
+    train: str
+    rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    scorers: ScorersBlock | None = None
+
+    @model_validator(mode="after")
+    def _shows_rules(self) -> Self:
+        if self.mode == "recall_rule":
+            raise ValueError("mode recall_rule is one of SFT; set data.mode=choose_rule")
+        return self
+
+
+class GRPOTraining(Block):
+    """How the GRPO stage trains.
+
+    ``multi_objective_aggregation``: ``sum_then_normalize`` weighs and adds the rewards, then subtracts the group's mean
+    and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
+    standard deviation within the group first. ``min_group_std``: see :class:`malpyeong.training.rewards.RewardRun`.
+    ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
+    on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's.
+    """
+
+    output: str
+    seed: int = 0
+    max_steps: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    lr_scheduler_type: Literal["constant_with_warmup", "linear"] = "constant_with_warmup"
+    warmup_steps: int = Field(default=10, ge=0)
+    batch_size: int = Field(gt=0)
+    gradient_accumulation_steps: int = Field(gt=0)
+    num_generations: int = Field(ge=2)
+    num_iterations: int = Field(default=1, gt=0)
+    max_completion_length: int = Field(gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+    epsilon: float = Field(default=0.2, gt=0)
+    epsilon_high: float = Field(default=0.28, gt=0)
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "normalize_then_sum"
+    min_group_std: float = Field(default=0.01, ge=0)
+    mask_truncated_completions: bool = False
+    use_vllm: bool = False
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    optim: str = "adamw_8bit"
+    gradient_checkpointing: bool = True
+    logging_steps: int = Field(default=1, gt=0)
+    save_steps: int = Field(default=25, gt=0)
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "GRPOTraining":
+        rollouts = self.batch_size * self.gradient_accumulation_steps
+        if rollouts % self.num_generations:
+            raise ValueError(
+                f"batch_size × gradient_accumulation_steps = {rollouts} completions a step is not a multiple "
+                f"of num_generations = {self.num_generations}"
+            )
+        if self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps = {self.save_steps} is not a multiple of num_iterations = {self.num_iterations}; a "
+                "checkpoint between two uses of the same completions could not be resumed"
+            )
+        return self
+
+
+class EncoderBlock(Block):
+    """The model that becomes a text encoder: a sentence-transformers model, or any other with mean pooling over it.
+    Without ``lora`` all weights are trained."""
+
+    name: str
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    max_length: int = Field(gt=0)
+    lora: LoraBlock | None = None
+
+
+class RetrieverData(Block):
+    """Questions, the rule of each (given or mined labels: ``malpyeong.prompts.rule_choice``), the rule book, and how
+    many hard negatives a question gets: the rules other than its own that BM25 ranks first."""
+
+    train: str
+    labels: str
+    rules: str
+    negatives: int = Field(ge=0)
+
+
+class RetrieverTraining(Block):
+    """How the dual encoder trains. ``scale`` multiplies the cosine in the softmax over a batch's rules."""
+
+    output: str
+    seed: int
+    epochs: float = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    batch_size: int = Field(ge=2)
+    scale: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    optim: str
+    logging_steps: int = Field(gt=0)
+    save_steps: int = Field(gt=0)
+
+
+class SFTRecipe(Block):
+    """``recipes/sft.py``."""
+
+    stage: Literal["sft"] = "sft"
+    gpu: Gpu | None = None
+    model: ModelBlock
+    data: SFTData
+    training: SFTTraining
+
+
+class GRPORecipe(Block):
+    """``recipes/grpo.py``."""
+
+    stage: Literal["grpo"] = "grpo"
+    gpu: Gpu | None = None
+    model: ModelBlock
+    data: GRPOData
+    training: GRPOTraining
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GRPORecipe":
+        if self.training.max_completion_length >= self.model.max_length:
+            raise ValueError(
+                f"training.max_completion_length = {self.training.max_completion_length} leaves no room for a prompt "
+                f"within model.max_length = {self.model.max_length}"
+            )
+        if self.training.use_vllm and self.gpu == "t4":
+            raise ValueError("training.use_vllm: vLLM is not reliable on a T4; leave it out there")
+
+        if not any(self.data.rewards.values()):
+            raise ValueError("data.rewards: every weight is 0; nothing would be learnt")
+        for name in self.data.rewards:
+            if name not in REWARD_MODELS:
+                raise ValueError(f"data.rewards.{name}: unknown reward{hint(name, REWARD_MODELS)}")
+            if name == "choice" and self.data.mode != "choose_rule":
+                raise ValueError("data.rewards.choice: needs data.mode=choose_rule, and data.labels")
+            for model in REWARD_MODELS[name]:
+                if getattr(self.data.scorers, model, None) is None:
+                    raise ValueError(
+                        f"data.rewards.{name}: needs data.scorers.{model}, the hub id or folder of a model"
+                    )
+        return self
+
+
+class MiningData(Block):
+    """Files of questions with gold answers, the rule book, and a context file (``malpyeong.retrieval search``) that
+    says which rules to try for each; None: every rule."""
+
+    questions: Annotated[
+        list[str], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+    ]
+    rules: str
+    context: str | None = None
+
+
+class MiningOutput(Block):
+    """``top_k`` rules are written for each question. ``batch_tokens``: tokens attended to at once, rows × (rule +
+    longest question and answer)."""
+
+    output: str
+    top_k: int = Field(gt=0)
+    batch_tokens: int = Field(gt=0)
+
+
+class MiningRecipe(Block):
+    """``recipes/mine.py``."""
+
+    stage: Literal["mine"] = "mine"
+    model: ModelFacts
+    data: MiningData
+    mining: MiningOutput
+
+
+class RetrieverRecipe(Block):
+    """``recipes/retriever.py``."""
+
+    stage: Literal["retriever"] = "retriever"
+    model: EncoderBlock
+    data: RetrieverData
+    training: RetrieverTraining
+
+
+AnyRecipe = Annotated[SFTRecipe | GRPORecipe | MiningRecipe | RetrieverRecipe, Field(discriminator="stage")]
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, or all."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(known)}"

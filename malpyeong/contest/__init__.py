@@ -1,0 +1,1 @@
+"""The contest's files and texts: records, questions, answers, rule books. Needs no model."""

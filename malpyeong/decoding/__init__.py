@@ -1,0 +1,1 @@
+"""From prompts to answers: engines, constrained decoding, votes."""

@@ -1,0 +1,1 @@
+"""Models, tokenizers and adapters: loading them, the memory they need, the packages they need."""

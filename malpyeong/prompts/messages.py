@@ -1,0 +1,116 @@
+"""From a record to the tokens that a model reads: one rendering for SFT, GRPO and prediction."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from malpyeong.contest.answer import INSTRUCTION
+from malpyeong.contest.records import Record
+from malpyeong.contest.rulebook import Rule
+from malpyeong.prompts import rule_choice as choice
+from malpyeong.prompts.context import Context
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+# Passed to every chat template; a template takes what it knows. Qwen3: no thinking. Llama-like Korean
+# templates: no today's date, which would make every day's prompt another one.
+TEMPLATE_OPTIONS: dict[str, Any] = {"enable_thinking": False, "date_string": "01 Jan 2025"}
+
+
+def build_messages(
+    record: Record, examples: Sequence[Record] = (), rules: Sequence[Rule] = (), choose: bool = False
+) -> list[Message]:
+    """Return the chat messages that ask a model for the answer of ``record``.
+
+    Rules and solved examples stand before the question, in their order; without any, the prompt is the question alone.
+    ``choose`` asks to name one of the rules first (see ``malpyeong.prompts.rule_choice``).
+    """
+    parts = []
+    if rules:
+        shown = [f"{number}. {rule.id}\n{rule.full_text}" for number, rule in enumerate(rules, 1)]
+        parts.append("\n\n".join([choice.HEADING if choose else "[참고 규범]", *shown]))
+    if examples:
+        shown = [f"질문: {_question(example)}\n답: {example.answer}" for example in examples]
+        parts.append("\n\n".join(["[풀이 예시]", *shown]))
+    question = _question(record)
+    return [
+        {"role": "system", "content": f"{INSTRUCTION} {choice.INSTRUCTION}" if choose else INSTRUCTION},
+        {"role": "user", "content": "\n\n".join([*parts, f"[질문]\n{question}"]) if parts else question},
+    ]
+
+
+def context_messages(record: Record, context: Context) -> list[Message]:
+    """Return the chat messages that ask for the answer of ``record`` with all of ``context``."""
+    return build_messages(record, context.examples, context.rules, context.choose)
+
+
+def fit_contexts(
+    tokenizer: "PreTrainedTokenizerBase",
+    records: Sequence[Record],
+    contexts: Sequence[Context],
+    limits: Sequence[int],
+) -> list[Context]:
+    """Return as much of each record's context as leaves its prompt at most its limit's number of tokens.
+
+    Whole rules and examples are dropped, the lowest-ranked first, never cut. A question that is too long by itself
+    keeps nothing: its length is the caller's to check. Where the model chooses among the rules, they come in an order
+    that says nothing about their rank.
+    """
+    fitted = []
+    for record, context, limit in zip(records, contexts, limits, strict=True):
+        kept, shown = context, _shown(record, context)
+        while len(kept) and prompt_length(tokenizer, record, shown) > limit:
+            kept = kept.without_worst()
+            shown = _shown(record, kept)
+        fitted.append(shown)
+    return fitted
+
+
+def _shown(record: Record, context: Context) -> Context:
+    return replace(context, rules=choice.shuffled(record, context.rules)) if context.choose else context
+
+
+def left_out(contexts: Sequence[Context], fitted: Sequence[Context], limit: str) -> str:
+    """Return one line that says how much :func:`fit_contexts` has dropped, "" if nothing; ``limit`` names the limit."""
+    dropped = [len(context) - len(kept) for context, kept in zip(contexts, fitted, strict=True)]
+    if not any(dropped):
+        return ""
+    return (
+        f"{sum(dropped)} of {sum(map(len, contexts))} rules and examples do not fit {limit} and are left out, the "
+        f"lowest-ranked of {sum(map(bool, dropped))} of {len(contexts)} questions"
+    )
+
+
+def prompt_length(tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context) -> int:
+    """Return how many tokens the prompt of ``record`` has with all of ``context``."""
+    return len(prompt_ids(tokenizer, context_messages(record, context)))
+
+
+def _question(record: Record) -> str:
+    return f"[{record.question_type}] {record.question}"
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> list[int]:
+    """Return the prompt's token ids, up to where the assistant begins to write.
+
+    TRL's GRPOTrainer tokenizes the same messages with the same options, so training and prediction see the
+    same prompt (asserted in the tests).
+    """
+    encoded: Any = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        tokenizer_kwargs={"verbose": False},  # no warning of a prompt over model_max_length: lengths are checked here
+        **TEMPLATE_OPTIONS,
+    )
+    return list(encoded["input_ids"])
+
+
+def completion_ids(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
+    """Return the answer's token ids with the end-of-turn token that stops generation."""
+    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return [*ids, tokenizer.eos_token_id]

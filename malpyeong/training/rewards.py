@@ -1,0 +1,275 @@
+"""The scorers as TRL reward functions.
+
+Each takes what TRL passes and returns one float a completion, or None where it does not apply. Text is cut by
+the contest's literal split, so a reward is what the leaderboard would give; a reason counts only in an answer whose
+form holds; and an exception is raised, never turned into a reward of 0.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from malpyeong.config.recipe import REWARD_MODELS
+from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.metrics.exact_match import exact_match as score_exact_match
+from malpyeong.metrics.rouge import rouge_1 as score_rouge_1
+from malpyeong.prompts.rule_choice import choice_reward, split_choice
+
+if TYPE_CHECKING:
+    from malpyeong.config.recipe import ScorersBlock
+    from malpyeong.metrics.pairs import PairScorer
+
+Completion = str | list[dict[str, str]]
+Rewards = list[float | None]
+RewardFunction = Callable[..., Rewards]
+
+
+def completion_text(completion: Completion) -> str:
+    """Return a completion's text; TRL passes a list of messages for conversational prompts."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def format(completions: Sequence[Completion], **_: Any) -> Rewards:  # noqa: ANN401
+    """1.0 where the answer is exactly in the contest's form, else 0.0."""
+    return [float(format_problem(completion_text(completion)) is None) for completion in completions]
+
+
+def exact_match(
+    completions: Sequence[Completion],
+    reference: Sequence[str],
+    **_: Any,  # noqa: ANN401
+) -> Rewards:
+    """The contest's Exact Match of the sentence."""
+    return [
+        score_exact_match(completion_text(completion), gold)
+        for completion, gold in zip(completions, reference, strict=True)
+    ]
+
+
+def rouge_1(
+    completions: Sequence[Completion],
+    reference: Sequence[str],
+    **_: Any,  # noqa: ANN401
+) -> Rewards:
+    """The contest's ROUGE-1 of the reason; 0.0 where the form does not hold, None where the gold has no reason."""
+    return _of_reasons(completions, reference, lambda reasons, golds: list(map(score_rouge_1, reasons, golds)))
+
+
+def bertscore(
+    completions: Sequence[Completion],
+    reference: Sequence[str],
+    *,
+    bertscore_model: "PairScorer",
+    **_: Any,  # noqa: ANN401
+) -> Rewards:
+    """The contest's BERTScore of the reason; 0.0 where the form does not hold, None where the gold has no reason."""
+    return _of_reasons(completions, reference, bertscore_model.score)
+
+
+def bleurt(
+    completions: Sequence[Completion],
+    reference: Sequence[str],
+    *,
+    bleurt_model: "PairScorer",
+    **_: Any,  # noqa: ANN401
+) -> Rewards:
+    """The contest's BLEURT of the reason; 0.0 where the form does not hold, None where the gold has no reason.
+
+    BLEURT may fall below 0; a bad reason never earns less than none at all, so the reward stops at 0.
+    """
+    rewards = _of_reasons(completions, reference, bleurt_model.score)
+    return [None if reward is None else max(0.0, reward) for reward in rewards]
+
+
+def official(
+    completions: Sequence[Completion],
+    reference: Sequence[str],
+    *,
+    bertscore_model: "PairScorer",
+    bleurt_model: "PairScorer",
+    **_: Any,  # noqa: ANN401
+) -> Rewards:
+    """The contest's final score of one record: the mean of EM and of the reason's mean ROUGE-1, BERTScore and BLEURT.
+
+    Where the gold has no reason the contest scores the sentence alone, and so does this. BLEURT below 0 counts as 0.
+    """
+    parts = zip(
+        exact_match(completions, reference),
+        rouge_1(completions, reference),
+        bertscore(completions, reference, bertscore_model=bertscore_model),
+        bleurt(completions, reference, bleurt_model=bleurt_model),
+        strict=True,
+    )
+    finals: Rewards = []
+    for match, *of_reason in parts:
+        known = [value for value in of_reason if value is not None]
+        assert match is not None
+        finals.append((match + statistics.fmean(known)) / 2 if known else match)
+    return finals
+
+
+def choice(
+    completions: Sequence[Completion],
+    candidates: Sequence[Sequence[str]],
+    gains: Sequence[Sequence[float]],
+    **_: Any,  # noqa: ANN401
+) -> Rewards:
+    """What the rule that the completion names first is worth (see :func:`malpyeong.prompts.rule_choice.choice_reward`).
+
+    Args:
+        completions: with their tags.
+        candidates: for each completion, the ids of its prompt's rules.
+        gains: for each completion, how much each of them helps.
+    """
+    named = [split_choice(completion_text(completion))[0] for completion in completions]
+    return [choice_reward(*one) for one in zip(named, candidates, gains, strict=True)]
+
+
+def _of_reasons(
+    completions: Sequence[Completion],
+    reference: Sequence[str],
+    score: Callable[[list[str], list[str]], list[float]],
+) -> Rewards:
+    """Score reasons in one call.
+
+    The contest leaves a missing reason out of its average; a reward must not, or saying nothing would pay: it is 0.0
+    there, as wherever the form does not hold.
+    """
+    rewards: Rewards = []
+    places, reasons, golds = [], [], []
+    for completion, gold in zip(completions, reference, strict=True):
+        text, gold_reason = completion_text(completion), contest_split(gold)[1]
+        if gold_reason and format_problem(text) is None:
+            places.append(len(rewards))
+            reasons.append(contest_split(text)[1])
+            golds.append(gold_reason)
+        rewards.append(0.0 if gold_reason else None)
+    for place, value in zip(places, score(reasons, golds), strict=True):
+        rewards[place] = value
+    return rewards
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "format": format,
+    "exact_match": exact_match,
+    "rouge_1": rouge_1,
+    "bertscore": bertscore,
+    "bleurt": bleurt,
+    "official": official,
+    "choice": choice,
+}
+
+
+def load_models(names: Iterable[str], scorers: "ScorersBlock | None") -> dict[str, "PairScorer"]:
+    """Load the networks that some rewards need.
+
+    Raises:
+        InputError: one is not on this machine, damaged, or of another kind.
+    """
+    from malpyeong.metrics.scorers import load_scorer
+
+    needed = {model for name in names for model in REWARD_MODELS[name]}
+    if not needed:
+        return {}
+    assert scorers is not None  # checked with the recipe
+    return {name: load_scorer(name, getattr(scorers, name), scorers.device, scorers.dtype) for name in sorted(needed)}
+
+
+class RewardRun:
+    """The reward functions of one run, which also log what TRL's own log hides.
+
+    With ``scale_rewards: batch`` or ``normalize_then_sum`` TRL's ``frac_reward_zero_std`` looks at the whole batch, so
+    that dead groups do not show. Logged once a step:
+
+    - ``dead_groups``: share of groups whose answers all earn the same in every reward; nothing is learnt from them.
+    - ``group_std/NAME``: standard deviation of a component within a group, mean over the groups that it applies to;
+      left out where there is none.
+
+    TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
+
+    Args:
+        weights: reward name → weight.
+        num_generations: answers of a group; a group's answers follow each other.
+        models: the loaded models of ``bertscore`` and ``bleurt``, where a reward needs them.
+        min_group_std: a component whose standard deviation within a group is smaller says nothing about that group, and
+            all its answers get the group's mean. Normalising each component (``normalize_then_sum``) would otherwise
+            blow such noise up to the size of a right answer. 0 switches this off.
+
+    Attributes:
+        seconds: what the functions have taken so far.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        num_generations: int,
+        models: Mapping[str, "PairScorer"] | None = None,
+        min_group_std: float = 0.0,
+    ) -> None:
+        self._weights, self._num_generations, self._min_group_std = dict(weights), num_generations, min_group_std
+        self._models = {f"{name}_model": model for name, model in (models or {}).items()}
+        self._step: dict[str, Rewards] = {}
+        self.seconds = 0.0
+
+    @property
+    def functions(self) -> list[RewardFunction]:
+        """The functions in the order of the weights, for TRL."""
+        return [self._logged(name, REWARDS[name]) for name in self._weights]
+
+    def _logged(self, name: str, function: RewardFunction) -> RewardFunction:
+        @functools.wraps(function)
+        def call(
+            completions: Sequence[Completion],
+            log_metric: Callable[[str, float], None] | None = None,
+            log_extra: Callable[[str, list[str]], None] | None = None,
+            **columns: Any,  # noqa: ANN401
+        ) -> Rewards:
+            start = time.perf_counter()
+            judged = completions
+            if "candidates" in columns and name != "choice":  # the answer is what follows it
+                judged = [split_choice(completion_text(completion))[1] for completion in completions]
+            rewards = function(completions=judged, **columns, **self._models)
+            self.seconds += time.perf_counter() - start
+            self._step[name] = rewards
+            if name == list(self._weights)[-1]:
+                if log_metric is not None:
+                    for key, value in self._statistics().items():
+                        log_metric(key, value)
+                if log_extra is not None:
+                    log_extra("question", [prompt[-1]["content"] for prompt in columns["prompts"]])
+                    for key in ("record_id", "reference"):
+                        log_extra(key, list(columns[key]))
+                self._step = {}
+            return self._without_noise(rewards)
+
+        return call
+
+    def _groups(self, rewards: Sequence[Any]) -> list[Sequence[Any]]:
+        size = self._num_generations
+        return [rewards[start : start + size] for start in range(0, len(rewards), size)]
+
+    def _without_noise(self, rewards: Rewards) -> Rewards:
+        quiet: Rewards = []
+        for group in self._groups(rewards):
+            known = [value for value in group if value is not None]
+            if len(known) > 1 and 0 < statistics.stdev(known) < self._min_group_std:
+                mean = statistics.fmean(known)
+                group = [None if value is None else mean for value in group]
+            quiet += group
+        return quiet
+
+    def _statistics(self) -> dict[str, float]:
+        found = {}
+        for name, rewards in self._step.items():
+            known = [[value for value in group if value is not None] for group in self._groups(rewards)]
+            if spreads := [statistics.stdev(group) for group in known if len(group) > 1]:
+                found[f"group_std/{name}"] = statistics.fmean(spreads)
+        quiet = [self._without_noise(self._step[name]) for name, weight in self._weights.items() if weight]
+        dead = [
+            all(len({value for value in group if value is not None}) <= 1 for group in groups)
+            for groups in zip(*map(self._groups, quiet), strict=True)
+        ]
+        found["dead_groups"] = statistics.fmean(dead)
+        return found

@@ -1,0 +1,114 @@
+"""PPL mining: label each question with the rules that make its gold answer likelier.
+
+    python recipes/mine.py recipes/tiny/mine.yaml
+    python recipes/mine.py recipes/qwen/mine.yaml data.questions=train.json data.rules=rules.json --estimate
+
+What it does:
+- Computes PPL(a|q) and, for every rule or those that a retriever proposes, PPL(a|c,q); writes the ``top_k`` rules by
+  delta, and the PPL of each option of a choice question (``malpyeong/training/mining.py`` has the formulas).
+- A rule's part of the prompt is computed once for all questions; ``--estimate`` says how many tokens are left.
+- ``--resume auto`` goes on from the last batch before a kill to the same file.
+
+In the output folder: ``config.yaml``, ``environment.json`` (versions, digests of the data), ``mining.json`` (digests of
+the model's weights and of all tokens, counts) and, last, ``contexts.jsonl``.
+
+Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
+"""
+
+import json
+from pathlib import Path
+
+import click
+
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import MiningRecipe
+from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import load_rule_book
+from malpyeong.errors import InputError, printable
+from malpyeong.files import PartFile, check_writable, write_text
+from malpyeong.models.load import adapter_folder, check_adapter, load_for_prediction, load_tokenizer
+from malpyeong.training.run import check_run, start_run
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
+@click.option("--estimate", is_flag=True, help="Say what it would cost, and stop.")
+def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: bool) -> None:
+    """Find the rules that make each gold answer likelier, as RECIPE says."""
+    recipe = load_recipe(recipe_file, overrides, MiningRecipe)
+    model_block, data, mining = recipe.model, recipe.data, recipe.mining
+    import torch
+    from tqdm import tqdm
+
+    from malpyeong.training.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
+
+    records: dict[str, Record] = {}
+    for path in data.questions:
+        for record in load_records(path, answers="gold"):
+            if record.id in records:
+                raise InputError(
+                    f'{path}: id "{printable(record.id, 40)}" is in an earlier file too; give each its own id'
+                )
+            records[record.id] = record
+    questions, rules = list(records.values()), load_rule_book(data.rules)
+    candidates = load_candidates(Path(data.context), questions, rules) if data.context else None
+    inputs: dict[str, Path | list[Path] | str] = {
+        "data.questions": [Path(path) for path in data.questions],
+        "data.rules": Path(data.rules),
+        "model.name": model_block.name,
+    }
+    if data.context:
+        inputs["data.context"] = Path(data.context)
+    if model_block.adapter:
+        check_adapter(model_block.adapter)
+        inputs["model.adapter"] = adapter_folder(model_block.adapter) / "adapter_model.safetensors"
+    plan = make_plan(
+        load_tokenizer(model_block.name), questions, rules, candidates, model_block.max_length, mining.batch_tokens
+    )
+    click.echo(
+        f"{len(questions)} questions, {len(rules)} rules: {plan.pairs:,} perplexities, {plan.tokens:,} tokens to "
+        f"compute ({plan.naive_tokens:,} with a whole forward for each)"
+    )
+    if estimate:
+        return
+    output = Path(mining.output)
+    result, kept = output / "contexts.jsonl", output / "contexts.part.jsonl"
+    check_run(output, recipe, inputs, resume == "auto")
+    if result.exists():
+        kept.unlink(missing_ok=True)
+        click.echo(f"{result}: this run has ended already")
+        return
+    check_writable(result)
+
+    model, tokenizer = load_for_prediction(
+        model_block.name, model_block.adapter, model_block.dtype, model_block.load_in_4bit
+    )
+    start_run(output, recipe, inputs)
+    # The tokens are of every question and rule as it is read, so that no file can be another unnoticed.
+    header = {"weights": weights_digest(model), "tokens": plan.digest()}
+    part = PartFile(kept, header)
+    found = computed(part, plan)
+    costs = [plan.cost(batch) for batch in plan.batches]
+    with tqdm(total=sum(costs), initial=sum(costs[: len(found)]), desc="mine", unit="tok", unit_scale=True) as progress:
+        try:
+            for ppl in mine(model, plan, tokenizer.pad_token_id, done=len(found)):
+                part.add({"batch": len(found), "ppl": ppl})
+                progress.update(costs[len(found)])
+                found.append(ppl)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"the GPU's memory does not suffice; halve mining.batch_tokens={mining.batch_tokens} and start again "
+                "in another output folder"
+            ) from None
+    rows = ranked(plan, questions, rules, found, mining.top_k)
+    counts = {"questions": len(questions), "rules": len(rules), "perplexities": plan.pairs, "tokens": plan.tokens}
+    write_text(output / "mining.json", json.dumps({"sha256": header, **counts}, indent=2) + "\n")
+    write_text(result, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    part.remove()
+    click.echo(f"{result}: the {mining.top_k} best rules for each of {len(rows)} questions")
+
+
+if __name__ == "__main__":
+    main()
