@@ -7,6 +7,8 @@ import importlib
 
 import click
 
+from malpyeong.terminal import Group
+
 _COMMANDS = {
     "Before training": {
         "doctor": "look whether a recipe will run, fit and learn",
@@ -27,7 +29,7 @@ _MODULES = {"retrieval": "malpyeong.retrieval.__main__", "report": "malpyeong.re
 _EPILOG = "Training: make sft-NAME, make grpo-NAME, or python recipes/sft.py --help (recipes/ is in the repository)."
 
 
-class _Lazy(click.Group):
+class _Lazy(Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for group in _COMMANDS.values() for name in group]
 

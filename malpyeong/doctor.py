@@ -14,16 +14,20 @@ from malpyeong.config.load import read_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
 from malpyeong.models.environment import prepare_environment
+from malpyeong.terminal import Command
 from malpyeong.training.preflight import examine, examine_groups
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--quick", is_flag=True, help="Do not load the model.")
-def main(recipe_file: Path, overrides: tuple[str, ...], quick: bool) -> None:
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, quick: bool) -> None:
     """Look whether RECIPE will run, fit and learn."""
     prepare_environment()
+    if drop_leaks:
+        overrides = (*overrides, "data.drop_leaks=true")
     recipe = read_recipe(recipe_file, overrides)
     if not isinstance(recipe, SFTRecipe | GRPORecipe):
         raise InputError(f"{recipe_file}: is a recipe of stage {recipe.stage}; the doctor looks at sft and grpo")

@@ -1,6 +1,5 @@
 """Score a prediction file against a gold file: ``python -m malpyeong.evaluate GOLD PRED``."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from malpyeong.contest.records import QUESTION_TYPES, load_records
 from malpyeong.errors import printable
 from malpyeong.metrics.aggregate import AVERAGES, RecordScore, compare, confidence, score_records, summarise
+from malpyeong.metrics.ceiling import ceiling
 from malpyeong.metrics.inputs import load_answers, load_categories, scoring_options
 from malpyeong.metrics.scorers import load_scorers
+from malpyeong.terminal import Command, json_text
 
 if TYPE_CHECKING:
     from malpyeong.metrics.pairs import PairScorer
@@ -46,8 +48,40 @@ def evaluate(
     return score_records(*load_answers(gold, prediction), metrics, scorers)
 
 
-@click.command()
+def _print_ceiling(context: click.Context, _: click.Parameter, gold: Path | None) -> None:
+    if gold is None:
+        return
+    reached = ceiling(load_records(gold, answers="gold"))
+    table = Table(title="ceiling of constrained decoding (0–1)", box=SIMPLE, show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("n", "sentence", "with particle", "kept by repair"):
+        table.add_column(name, justify="right")
+    parts = {"all": reached}
+    parts |= {kind: [one for one in reached if one.record.question_type == kind] for kind in QUESTION_TYPES}
+    parts["선택형, well formed, literal"] = [one for one in reached if one.literal]
+    for title, part in parts.items():
+        sums = (sum(one.sentence for one in part), sum(one.verdict for one in part), sum(one.kept for one in part))
+        table.add_row(title, str(len(part)), *(f"{count / len(part):.3f}" if part else "–" for count in sums))
+    Console().print(table)
+    missed = [one.record for one in reached if not one.kept]
+    for record in missed[:20]:
+        click.echo(f'{gold}: id "{printable(record.id)}": out of reach: {printable(record.answer or "", 60)}')
+    if len(missed) > 20:
+        click.echo(f"… and {len(missed) - 20} more")
+    context.exit()
+
+
+@click.command(cls=Command)
 @scoring_options
+@click.option(
+    "--ceiling",
+    type=click.Path(path_type=Path),
+    metavar="GOLD",
+    is_eager=True,
+    expose_value=False,
+    callback=_print_ceiling,
+    help="Only show how many of GOLD's answers constrained decoding could write and repair would keep.",
+)
 @click.option("--against", type=click.Path(path_type=Path), help="Another prediction file to compare PRED with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--worst", default=5, show_default=True, help="How many of the worst records to show.")
@@ -83,7 +117,7 @@ def main(
     if against:
         summary["comparison"] = compare(scores, score_records(golds, others, metrics, scorers), metrics)
     if as_json:
-        click.echo(json.dumps(summary, ensure_ascii=False, indent=2))
+        click.echo(json_text(summary))
         return
     console = Console()
     console.print(_summary_table(summary))

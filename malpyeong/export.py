@@ -18,6 +18,7 @@ from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
 from malpyeong.samples import DATA
+from malpyeong.terminal import Command
 
 # What counts as the same model. In float32 only the order of sums differs. A merge in 16 bits rounds every weight
 # once more, so that near ties may fall the other way: there the likeliest next token must agree at nearly every place
@@ -206,7 +207,7 @@ def _weights_dtype(base: str) -> Any:  # noqa: ANN401 -- torch.dtype
     return dtype or torch.float32
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--base", help="Base model, if it is not where the adapter says.")

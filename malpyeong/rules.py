@@ -10,9 +10,10 @@ from malpyeong.contest.rulebook import write_rule_book
 from malpyeong.contest.rulebook_reader import build_rule_book
 from malpyeong.errors import InputError
 from malpyeong.files import check_writable
+from malpyeong.terminal import Group
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Rule books from the reference document."""
 

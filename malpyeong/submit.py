@@ -14,6 +14,7 @@ from malpyeong.contest.question import options, read_record
 from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
 from malpyeong.contest.repair import restore_jamo
 from malpyeong.errors import InputError, printable
+from malpyeong.terminal import Command
 
 _CURLY_QUOTES = re.compile("[“”‘’]")
 _COMPARABLE = 1_000  # characters; comparing longer sentences takes long and says nothing
@@ -102,7 +103,7 @@ def make_submission(test: Sequence[Record], predictions: Sequence[Record]) -> li
     ]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("test", type=click.Path(path_type=Path))
 @click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")

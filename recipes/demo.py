@@ -28,6 +28,7 @@ from malpyeong.files import digest, write_text
 from malpyeong.metrics.aggregate import RecordScore, summarise
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.submit import is_split
+from malpyeong.terminal import Command
 
 RECIPES = Path(__file__).parent
 SPLITS = ("test", "unseen")
@@ -99,7 +100,7 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(output: Path, seed: int) -> None:

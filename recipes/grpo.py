@@ -33,15 +33,23 @@ from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import VLLM_SHARE, Backend
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS
-from malpyeong.training.data import grpo_dataset, load_questions, open_run, precision, train
+from malpyeong.terminal import Command
+from malpyeong.training.arguments import check_arguments, expected_arguments
+from malpyeong.training.data import (
+    grpo_dataset,
+    load_train,
+    open_run,
+    precision,
+    train,
+    with_prompt_data,
+)
 from malpyeong.training.rewards import RewardRun, load_models
-from malpyeong.training.run import assert_arguments
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
     """Return the trainer's arguments.
 
-    Every one that matters is stated, and asserted once the trainer is made: Unsloth's trainers have other defaults.
+    Every one that matters is stated, and looked at again once the trainer is made: Unsloth's have other defaults.
     """
     model_block, training = recipe.model, recipe.training
     return {
@@ -103,16 +111,19 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
     """Train a LoRA adapter by GRPO, as RECIPE says."""
     prepare_environment()
+    if drop_leaks:
+        overrides = (*overrides, "data.drop_leaks=true")
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
-    questions = load_questions(recipe.data.train, recipe.data)
+    questions = with_prompt_data(load_train(recipe.data), recipe.data)
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return
@@ -147,15 +158,17 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
                 return super()._generate(*args)
 
     stated = arguments(recipe, backend)
+    config = GRPOConfig(**stated)
+    expected = expected_arguments(config, stated)
     trainer = TimedTrainer(
         model=model,
         reward_funcs=rewards.functions,
-        args=GRPOConfig(**stated),
+        args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[clock],
     )
-    assert_arguments(trainer.args, stated)
+    check_arguments(trainer.args, expected)
     start = time.perf_counter()
     train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
     share = rewards.seconds / (time.perf_counter() - start)

@@ -27,10 +27,11 @@ from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile, check_writable, write_text
 from malpyeong.models.load import adapter_folder, check_adapter, load_for_prediction, load_tokenizer
+from malpyeong.terminal import Command
 from malpyeong.training.run import check_run, start_run
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)

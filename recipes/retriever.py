@@ -33,9 +33,15 @@ from malpyeong.prompts.rule_choice import load_labels
 from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.evaluate import check_labels
 from malpyeong.retrieval.neural import load_encoder, query_text
-from malpyeong.retrieval.question import read_question
-from malpyeong.retrieval.search import Retriever, rule_documents
-from malpyeong.training.run import assert_arguments, check_run, start_run, trained_weights, weights_digest
+from malpyeong.retrieval.search import Retriever, read_query, rule_documents
+from malpyeong.terminal import Command
+from malpyeong.training.arguments import check_arguments, expected_arguments
+from malpyeong.training.run import (
+    check_run,
+    start_run,
+    trained_weights,
+    weights_digest,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -54,7 +60,7 @@ def training_rows(
         # Every row needs as many negatives: where BM25 finds too few, the book's other rules follow in their order.
         others = dict.fromkeys([*(hit.id for hit in hits), *text])
         hard = [id_ for id_ in others if id_ != right][:negatives]
-        row = {"anchor": query_text(read_question(record.question)), "positive": text[right]}
+        row = {"anchor": query_text(read_query(record)), "positive": text[right]}
         rows.append(row | {f"negative_{number}": text[id_] for number, id_ in enumerate(hard, 1)})
     return rows
 
@@ -75,7 +81,7 @@ def check_lengths(model: "SentenceTransformer", rows: list[dict[str, str]], limi
         )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
@@ -152,14 +158,16 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         "report_to": [],
         **precision(model_block.dtype),
     }
+    config = SentenceTransformerTrainingArguments(**stated)
+    expected = expected_arguments(config, stated)
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=SentenceTransformerTrainingArguments(**stated),
+        args=config,
         train_dataset=Dataset.from_list(rows),
         loss=MultipleNegativesRankingLoss(model, scale=training.scale),
         callbacks=[Guards()],
     )
-    assert_arguments(trainer.args, stated)
+    check_arguments(trainer.args, expected)
     show_progress(trainer)
     keep_to_arguments(trainer)
     before = weights_digest(trained_weights(model))

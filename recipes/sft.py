@@ -23,14 +23,23 @@ from malpyeong.config.recipe import SFTRecipe
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import Backend
-from malpyeong.training.data import load_questions, open_run, precision, sft_dataset, train
-from malpyeong.training.run import assert_arguments
+from malpyeong.terminal import Command
+from malpyeong.training.arguments import check_arguments, expected_arguments
+from malpyeong.training.data import (
+    load_questions,
+    load_train,
+    open_run,
+    precision,
+    sft_dataset,
+    train,
+    with_prompt_data,
+)
 
 
 def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
     """Return the trainer's arguments.
 
-    Every one that matters is stated, and asserted once the trainer is made: Unsloth's trainers have other defaults.
+    Every one that matters is stated, and looked at again once the trainer is made: Unsloth's have other defaults.
     """
     model_block, training = recipe.model, recipe.training
     return {
@@ -52,6 +61,7 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
         "max_length": model_block.max_length,  # nothing is cut: sft_dataset has checked every length
         "packing": False,
         "padding_free": False,
+        "remove_unused_columns": False,  # there are none
         # Unsloth has a loss of its own that holds no logits, which another than "nll" would switch off.
         "loss_type": "nll" if backend == "unsloth" else "chunked_nll",
         "eval_strategy": "steps",
@@ -73,16 +83,22 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
     """Train a LoRA adapter by SFT, as RECIPE says."""
     prepare_environment()
+    if drop_leaks:
+        overrides = (*overrides, "data.drop_leaks=true")
     recipe = load_recipe(recipe_file, overrides, SFTRecipe)
     model_block, training = recipe.model, recipe.training
-    splits = {name: load_questions(getattr(recipe.data, name), recipe.data) for name in ("train", "dev")}
+    splits = {
+        "train": with_prompt_data(load_train(recipe.data), recipe.data),
+        "dev": load_questions(recipe.data.dev, recipe.data),
+    }
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return
@@ -102,15 +118,17 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     datasets = {name: sft_dataset(tokenizer, split, model_block.max_length) for name, split in splits.items()}
 
     stated = arguments(recipe, backend)
+    config = SFTConfig(**stated)
+    expected = expected_arguments(config, stated)
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**stated),
+        args=config,
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience), StepClock()],
     )
-    assert_arguments(trainer.args, stated)
+    check_arguments(trainer.args, expected)
     train(trainer, tokenizer, recipe, backend, inputs, checkpoint)
     best = trainer.state.best_metric
     click.echo(f"{training.output}/adapter: best dev loss {best:.4f} at step {trainer.state.best_global_step}")

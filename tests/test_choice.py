@@ -29,8 +29,7 @@ from malpyeong.prompts.rule_choice import (
     tag,
 )
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import rewards
-from malpyeong.training.data import Questions, grpo_dataset, load_questions, sft_dataset
+from malpyeong.training.data import Questions, grpo_dataset, load_questions, rewards, sft_dataset
 from malpyeong.training.preflight import examine
 
 RULES = tuple(load_rule_book(DATA / "rules.json"))

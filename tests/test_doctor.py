@@ -26,7 +26,8 @@ from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.callbacks import TrainingStoppedError, explain_out_of_memory, out_of_memory_text
 from malpyeong.training.preflight import SAMPLES, check, examine, examine_groups, examine_tokenizer
 
-TRAIN = load_records(DATA / "train.json", answers="gold")[:40]
+RECORDS = load_records(DATA / "train.json", answers="gold")
+TRAIN, DEV = RECORDS[:40], RECORDS[40:48]
 
 
 @pytest.fixture
@@ -34,11 +35,12 @@ def data(tmp_path):
     folder = tmp_path / "자료 폴더"
     folder.mkdir()
     write_records(folder / "train.json", TRAIN)
+    write_records(folder / "dev.json", DEV)
     return folder / "train.json"
 
 
 def sft(data, *overrides):
-    files = [f"data.train={data}", f"data.dev={data}"]
+    files = [f"data.train={data}", f"data.dev={data.with_name('dev.json')}"]
     return load_recipe("recipes/tiny/sft.yaml", [*files, *overrides], SFTRecipe)
 
 
@@ -106,7 +108,7 @@ def test_prompts_are_measured_with_what_training_puts_into_them(data, tmp_path):
         ]
 
     for recipe in (grpo, sft):
-        context, lengths = lines(recipe(data, f"data.context={path}", "model.max_length=5000"))
+        context, lengths = lines(recipe(data, f"data.dev={data}", f"data.context={path}", "model.max_length=5000"))
         assert context.level == lengths.level == "ok"
         times = 2 if recipe is sft else 1  # train and dev
         assert f"{40 * times} rules and {80 * times} solved examples" in context.text
@@ -324,7 +326,7 @@ def test_groups_are_sampled_and_dead_ones_found(data):
 
 
 def test_the_command_ends_with_1_for_an_error_and_2_for_bad_input(data, run_module, tmp_path):
-    files = (f"data.train={data}", f"data.dev={data}")
+    files = (f"data.train={data}", f"data.dev={data.with_name('dev.json')}")
     result = run_module("-m", "malpyeong.doctor", "recipes/tiny/sft.yaml", *files)
     assert result.returncode == 0, result.stderr
     assert all(line.startswith("ok ") for line in result.stdout.splitlines())

@@ -1,8 +1,12 @@
 """Unsloth: imported first, its generated trainers' defaults all overruled, and our loading through its CPU backend."""
 
 import ast
+import dataclasses
+import functools
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,8 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.errors import InputError
 from malpyeong.models.environment import prepare_environment, version_problems
 from malpyeong.samples import TINY_BASE
+from malpyeong.training.arguments import check_arguments, expected_arguments
+from tests import unsloth_arguments
 
 ROOT = Path(__file__).parent.parent
 needs_unsloth = pytest.mark.skipif(
@@ -100,57 +109,169 @@ def test_a_version_that_does_not_fit_is_one_line_with_the_cure(tmp_path, monkeyp
     assert list(version_problems("aa", missing=False)) == ['bb is 1.5; aa needs bb==2.0: pip install "bb==2.0"']
 
 
+def script(stage):
+    spec = importlib.util.spec_from_file_location(stage, ROOT / "recipes" / f"{stage}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+KINDS = {"sft": SFTRecipe, "grpo": GRPORecipe}
+LISTED = json.loads(unsloth_arguments.LIST.read_text("utf-8"))
+
+
+def outcome(stage, row, capsys):
+    """Assign to the arguments of a recipe as Unsloth does; return what that leads to."""
+    from trl import GRPOConfig, SFTConfig
+
+    overrides = ["recipes/models/qwen.yaml", "gpu=t4", *row.get("overrides", [])]
+    stated = script(stage).arguments(load_recipe(ROOT / f"recipes/{stage}.yaml", overrides, KINDS[stage]), "unsloth")
+    sft = dataclasses.make_dataclass("UnslothSFTConfig", [("max_seq_length", int | None, None)], bases=(SFTConfig,))
+    config = {"sft": sft, "grpo": GRPOConfig}[stage](**stated)
+    expected = expected_arguments(config, stated)
+    for name, value in row["becomes"].items():
+        *parts, last = name.split(".")
+        setattr(functools.reduce(getattr, parts, config), last, value)
+    error = None
+    try:
+        check_arguments(config, expected)
+    except InputError as raised:
+        error = raised
+    if error is None:
+        return "logged" if capsys.readouterr().out else "same"
+    assert error.exit_code == 2
+    assert "\n" not in error.message
+    assert any(name.partition(".")[0] in error.message for name in ("model.dtype", *row["becomes"]))
+    assert "set model." in error.message or "make setup" in error.message
+    return "ends"
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_every_assignment_of_unsloth_ends_the_run_or_is_logged_or_changes_nothing(stage, capsys, monkeypatch):
+    import trl
+
+    monkeypatch.chdir(ROOT)
+    fields = {field.name for field in dataclasses.fields(trl.SFTConfig if stage == "sft" else trl.GRPOConfig)}
+    rows = [row for row in LISTED["assignments"] if row["stage"] in (stage, None)]
+    rows = [row for row in rows if row["stage"] or fields.issuperset(row["becomes"])]
+    assert len(rows) > 40
+    assert [(row, outcome(stage, row, capsys)) for row in rows] == [(row, row["outcome"]) for row in rows]
+
+
+def test_the_list_of_assignments_is_of_the_unsloth_that_is_installed_with_us():
+    (pinned,) = re.findall(r'"unsloth==([^"]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert LISTED["unsloth"] == pinned
+
+
+def test_an_argument_of_no_class_ends_the_run(capsys):
+    from trl import GRPOConfig
+
+    stated = {"output_dir": "unused", "use_cpu": True, "bf16": False, "fp16": False, "temperature": 0.9}
+    config = GRPOConfig(**stated)
+    expected = expected_arguments(config, stated)
+    check_arguments(config, expected)
+    config.dataloader_num_workers = 2
+    check_arguments(config, expected)
+    assert "dataloader_num_workers=2 (0)" in capsys.readouterr().out
+    config.adam_beta2, config.temperature = 0.95, 1.0  # one that no recipe states, and one that it does
+    with pytest.raises(InputError, match=r"adam_beta2 is 0\.95, not 0\.999; temperature is 1\.0, not 0\.9; install"):
+        check_arguments(config, expected)
+
+
 GENERATED = """
-import dataclasses, importlib, importlib.util, inspect, json, os, sys
-from malpyeong.config.load import load_recipe
-from malpyeong.config.recipe import GRPORecipe, SFTRecipe
-from malpyeong.training.run import assert_arguments
-sys.path.insert(0, os.environ["UNSLOTH_COMPILE_LOCATION"])
-import trl, trl.trainer.sft_trainer
+import dataclasses, inspect, json, sys
+from tests import unsloth_arguments
+from tests.test_unsloth import KINDS, load_recipe, script
+import trl
 stock = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}
-kinds = {"sft": SFTRecipe, "grpo": GRPORecipe}
-trainer = trl.SFTTrainer
-import unsloth
-# Its CPU backend wraps this class, whose source the generator reads.
-trl.SFTTrainer = trl.trainer.SFTTrainer = trl.trainer.sft_trainer.SFTTrainer = trainer
-from unsloth.models import rl
-rl._patch_trl_rl_trainers("sft_trainer")
-changed = {}
+unsloth_arguments.generate()
+from malpyeong.errors import InputError
+from malpyeong.models.load import load_for_training
+from malpyeong.samples import DATA
+from malpyeong.training.arguments import check_arguments, expected_arguments
+from malpyeong.training.data import grpo_dataset, load_questions, sft_dataset
+
+def recipe(stage, *overrides, base=""):
+    return load_recipe(base or f"recipes/{stage}.yaml", overrides, KINDS[stage])
+
+found = {"assignments": unsloth_arguments.assignments()}
 for stage, config in stock.items():
-    name = stage.upper()
-    generated = getattr(importlib.import_module(f"Unsloth{name}Trainer"), f"Unsloth{name}Config")
-    spec = importlib.util.spec_from_file_location(stage, f"recipes/{stage}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    (Config, _), stage_script = unsloth_arguments.generated(stage), script(stage)
     for gpu in ("t4", "24gb", "40gb", "80gb"):
-        # No GPU: no 16-bit formats, and Unsloth's CPU backend puts an AdamW of its own in the place of any.
-        overrides = ["recipes/models/qwen.yaml", f"gpu={gpu}", "model.dtype=float32", "training.optim=sgd"]
-        stated = script.arguments(load_recipe(f"recipes/{stage}.yaml", overrides, kinds[stage]), "unsloth")
-        assert_arguments(generated(**stated), stated)
-    found = changed[stage] = {"all": 0, "left": {}}
+        for vllm in [False] + [True] * (stage == "grpo" and gpu != "t4"):
+            # Unsloth's CPU backend puts an AdamW of its own in the place of any.
+            overrides = ["recipes/models/qwen.yaml", f"gpu={gpu}", "training.optim=sgd", "model.dtype=float32"]
+            one = recipe(stage, *overrides, *["training.use_vllm=true"] * vllm)
+            stated = stage_script.arguments(one, "unsloth")
+            made = Config(**stated)
+            check_arguments(made, expected_arguments(made, stated))
+    of_stage = found[stage] = {"all": 0, "left": []}
     for field in dataclasses.fields(config):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        parameter = inspect.signature(generated.__init__).parameters.get(field.name)
+        parameter = inspect.signature(Config.__init__).parameters.get(field.name)
         if parameter is not None and parameter.default != default:
-            found["all"] += 1
-            if field.name not in stated:
-                found["left"][field.name] = [repr(default), repr(parameter.default)]
-print(json.dumps(changed))
+            of_stage["all"] += 1
+            of_stage["left"] += [field.name] * (field.name not in stated)
+
+for stage in stock:  # after the configurations: a trainer leaves its number format in the environment
+    (Config, Trainer), stage_script = unsloth_arguments.generated(stage), script(stage)
+    for dtype in ("bfloat16", "float32"):
+        small = ["training.gradient_accumulation_steps=2", "training.optim=sgd", f"model.dtype={dtype}"]
+        own = ["model.adapter=null", "training.batch_size=4"] * (stage == "grpo")
+        one = recipe(stage, *small, *own, f"training.output={sys.argv[1]}/{stage}", base=f"recipes/tiny/{stage}.yaml")
+        model, tokenizer = load_for_training(one.model, 0, False)
+        questions = load_questions(str(DATA / "dev.json"), one.data)
+        if stage == "sft":
+            data = sft_dataset(tokenizer, questions, one.model.max_length)
+            more = {"eval_dataset": data}
+        else:
+            data = grpo_dataset(tokenizer, questions, one.model.max_length, one.training.max_completion_length, 8, 0)
+            more = {"reward_funcs": [lambda completions, **_: [0.0] * len(completions)] * len(one.data.rewards)}
+        stated = stage_script.arguments(one, "unsloth")
+        made = Config(**stated)
+        expected = expected_arguments(made, stated)
+        trainer = Trainer(model=model, args=made, train_dataset=data, processing_class=tokenizer, **more)
+        try:
+            check_arguments(trainer.args, expected)
+            found[stage][dtype] = "goes on"
+        except InputError as error:
+            found[stage][dtype] = error.message
+print(json.dumps(found))
 """
 
 
-@needs_generator
-def test_unsloths_generated_trainers_keep_what_the_recipes_state_and_decide_nothing_else(tmp_path):
-    """With the configurations that the installed Unsloth generates, not with a list of its defaults that would age.
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    """What the installed Unsloth generates: trainers made of the tiny model and the recipes' arguments."""
+    folder = tmp_path_factory.mktemp("unsloth")
+    out = run(GENERATED, folder, UNSLOTH_COMPILE_LOCATION=str(folder / "cache"))
+    return out, json.loads(out.splitlines()[-1])
 
-    Made with a recipe's arguments they keep every one; and every default that differs from TRL's own is among those.
-    """
-    changed = json.loads(run(GENERATED, UNSLOTH_COMPILE_LOCATION=str(tmp_path / "cache")).splitlines()[-1])
+
+@needs_generator
+def test_unsloths_generated_configurations_leave_no_other_default(generated):
+    """Every default that differs from TRL's own is among what the recipes state."""
     for stage in ("sft", "grpo"):
-        assert changed[stage]["all"] > 10  # the generator ran
-        assert changed[stage]["left"] == {}, f"recipes/{stage}.py leaves these to Unsloth"
+        assert generated[1][stage]["all"] > 10  # the generator ran
+        assert generated[1][stage]["left"] == [], f"recipes/{stage}.py leaves these to Unsloth"
+
+
+@needs_generator
+def test_unsloths_generated_trainers_go_on_or_end_with_the_reason(generated):
+    out, found = generated
+    for stage in ("sft", "grpo"):
+        assert found[stage]["bfloat16"] == "goes on"
+        assert found[stage]["float32"].startswith("model.dtype: the recipe says float32")
+    assert "eval_accumulation_steps=2 (None)" in out
+
+
+@needs_generator
+def test_the_list_of_assignments_is_complete(generated):
+    """``python -m tests.unsloth_arguments`` brings it up to date."""
+    key = unsloth_arguments.key
+    assert sorted(map(str, map(key, generated[1]["assignments"]))) == sorted(map(str, map(key, LISTED["assignments"])))
 
 
 CPU_BACKEND = """

@@ -36,9 +36,15 @@ def load_scorers(
 
     Returns:
         (scorers, missing): the loaded ones, and for each that is not on this machine what to do about it.
+
+    Raises:
+        InputError: ROUGE-1 is among them, and its dictionary is not there.
     """
     from malpyeong.metrics.pairs import MissingModelError
+    from malpyeong.metrics.rouge import load_dictionary
 
+    if "rouge1" in metrics:
+        load_dictionary()
     scorers: dict[str, PairScorer] = {}
     missing = {}
     for metric, model in (("bertscore", bertscore), ("bleurt", bleurt)):

@@ -1,11 +1,16 @@
 """What must be settled before torch, Unsloth or trl are imported: environment variables and package versions."""
 
+import functools
 import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Unsloth's compiled code depends on all of them.
+from malpyeong.errors import InputError
+
+_ROOT = Path(__file__).parents[2]
+
+# Compiled code depends on all of them.
 _COMPILED_WITH = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl")
 
 
@@ -14,15 +19,32 @@ def prepare_environment() -> None:
 
     - ``CUDA_VISIBLE_DEVICES=0``: the recipes are for one GPU. Where there are two (Kaggle's T4s) the trainer would
       otherwise spread the batch over both, which neither 4-bit weights nor Unsloth can do.
-    - ``UNSLOTH_COMPILE_LOCATION``: a folder for this set of versions. Code that another version compiled would be used
-      unseen.
     - ``UNSLOTH_DISABLE_STATISTICS``: Unsloth would ask the hub for a file to count its users, and waits when offline.
+    - Where compiled code is kept: see :func:`keep_compiled_code`.
     """
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    keep_compiled_code()
+
+
+def keep_compiled_code() -> Path:
+    """Have compiled code kept for the next start, and return the folder that Inductor keeps its own in.
+
+    Unsloth's, Inductor's and Triton's lie in one folder for this set of versions (code that another version compiled
+    would be used unseen), but for what the user has set. Unsloth forgets Inductor's when it is imported, so that this
+    is called again before the first step.
+    """
+    os.environ.update(_compiled_code())
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+
+@functools.cache
+def _compiled_code() -> dict[str, str]:
     versions = "-".join(version(name) or "none" for name in _COMPILED_WITH)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache / "malpyeong" / f"unsloth-{versions}"))
+    kept = cache / "malpyeong" / f"compiled-{versions}"
+    names = ("UNSLOTH_COMPILE_LOCATION", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    return {name: os.environ.get(name) or str(kept / name.split("_")[0].lower()) for name in names}
 
 
 def version(package: str) -> str | None:
@@ -39,10 +61,20 @@ def version_problems(package: str, missing: bool = True) -> Iterator[str]:
     Args:
         package: ``malpyeong`` for our own pins, ``unsloth`` or ``unsloth_zoo`` for what they can work with.
         missing: whether a package that is not installed at all counts.
+
+    Raises:
+        InputError: the package can be imported, but is not installed.
     """
     from packaging.requirements import Requirement
 
-    for line in importlib.metadata.requires(package) or []:
+    try:
+        lines = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        cure = f'pip install --editable "{_ROOT}"' if package == "malpyeong" else f"pip install {package}"
+        raise InputError(
+            f"{package} is on the path but not installed, so that versions cannot be checked: {cure}"
+        ) from None
+    for line in lines:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue

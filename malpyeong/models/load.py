@@ -35,18 +35,22 @@ def choose_backend(model: "ModelBlock") -> Backend:
     """Return ``unsloth`` or ``hf`` for this machine and configuration.
 
     Raises:
-        InputError: Unsloth is asked for where it is not installed or there is no GPU, or other packages' versions are
-            such that it would not work.
+        InputError: Unsloth is asked for where it is not installed or there is no GPU, or for float32, which it does not
+            compute in, or other packages' versions are such that it would not work.
     """
     import torch
 
+    if model.backend == "unsloth" and model.dtype == "float32":
+        raise InputError(
+            "model.dtype is float32, but Unsloth computes in 16 bits; set model.dtype=auto, or set model.backend=hf"
+        )
     usable = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
     if model.backend == "unsloth" and not usable:
         raise InputError(
             'model.backend is unsloth, which needs a CUDA GPU and the package; run pip install "malpyeong[gpu]" '
             "on a GPU machine, or set model.backend=hf"
         )
-    if not usable or model.backend == "hf":
+    if not usable or model.backend == "hf" or model.dtype == "float32":
         return "hf"
     problems = [line for package in ("unsloth", "unsloth_zoo") for line in version_problems(package, missing=False)]
     if problems:

@@ -20,6 +20,7 @@ import click
 
 from malpyeong.config.gpu import USABLE_GIB
 from malpyeong.errors import InputError
+from malpyeong.terminal import Command
 
 if TYPE_CHECKING:
     from malpyeong.config.recipe import GRPORecipe, SFTRecipe
@@ -444,7 +445,7 @@ def _replaced(block: Any, place: Sequence[str], value: Any) -> Any:  # noqa: ANN
     return block.model_copy(update={key: _replaced(getattr(block, key), rest, value) if rest else value})
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path(path_type=Path))
 def main(recipe_file: Path, models: Sequence[Path]) -> None:

@@ -9,9 +9,10 @@ from malpyeong.files import check_writable, write_text
 from malpyeong.metrics.aggregate import score_records
 from malpyeong.metrics.inputs import load_answers, load_categories, scoring_options
 from malpyeong.metrics.scorers import load_scorers
+from malpyeong.terminal import Group
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Write a page to read in a browser: one HTML file that works offline."""
 

@@ -68,34 +68,6 @@ def _findings(logs: dict[str, Any]) -> dict[str, bool]:
     return found
 
 
-def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[str, Any]]) -> None:
-    """Make sure that training has left something to use.
-
-    Args:
-        weights: what is trained, name → tensor.
-        before: :func:`malpyeong.training.run.weights_digest` of them before training.
-        log: what the trainer logged.
-
-    Raises:
-        TrainingStoppedError: they are as before, or hold what is no number.
-    """
-    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
-        raise TrainingStoppedError("training has left weights that are not numbers; lower training.learning_rate")
-    if weights_digest(weights) != before:
-        return
-    rates, gradients = ([logged(row, key) for row in log if key in row] for key in ("learning_rate", "grad_norm"))
-    if rates and all(rate == 0 for rate in rates):
-        reason = "the learning rate was 0 at every step: warm-up is longer than the run; set training.warmup_steps=0"
-    elif gradients and all(gradient == 0 for gradient in gradients):
-        reason = (
-            "every gradient was 0, as where all answers to a question earn the same; raise training.temperature, or "
-            "take other questions"
-        )
-    else:
-        reason = "look at the loss and the rewards of the steps above"
-    raise TrainingStoppedError(f"training has changed no weight: {reason}")
-
-
 class StepClock(TrainerCallback):
     """Put into the trainer's log what a step took, and the GPU's memory at its fullest moment.
 
@@ -164,6 +136,34 @@ def _synchronised() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that training has left something to use.
+
+    Args:
+        weights: what is trained, name → tensor.
+        before: :func:`malpyeong.training.run.weights_digest` of them before training.
+        log: what the trainer logged.
+
+    Raises:
+        TrainingStoppedError: they are as before, or hold what is no number.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+        raise TrainingStoppedError("training has left weights that are not numbers; lower training.learning_rate")
+    if weights_digest(weights) != before:
+        return
+    rates, gradients = ([logged(row, key) for row in log if key in row] for key in ("learning_rate", "grad_norm"))
+    if rates and all(rate == 0 for rate in rates):
+        reason = "the learning rate was 0 at every step: warm-up is longer than the run; set training.warmup_steps=0"
+    elif gradients and all(gradient == 0 for gradient in gradients):
+        reason = (
+            "every gradient was 0, as where all answers to a question earn the same; raise training.temperature, or "
+            "take other questions"
+        )
+    else:
+        reason = "look at the loss and the rewards of the steps above"
+    raise TrainingStoppedError(f"training has changed no weight: {reason}")
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.config.recipe import GRPORecipe, Mode, PromptData, SFTRecipe
+from malpyeong.config.recipe import GRPORecipe, Mode, PromptData, SFTRecipe, TrainingData
+from malpyeong.contest.leaks import shared_questions
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError, printable
+from malpyeong.models.environment import keep_compiled_code
 from malpyeong.models.load import adapter_folder, check_adapter, pick_dtype
 from malpyeong.models.memory import Backend
 from malpyeong.prompts.context import Context, load_contexts
@@ -73,6 +75,21 @@ class Questions:
             for place, context in enumerate(self.contexts):
                 lengths[place] += max(tokens[name] for name in (NONE, *(rule.id for rule in context.rules)))
         return lengths
+
+
+def load_train(data: TrainingData) -> list[Record]:
+    """Read the questions of ``data.train``, without those of ``data.dev`` where ``data.drop_leaks`` says so.
+
+    Raises:
+        InputError: a file is defective, or no question is left.
+    """
+    records = load_records(data.train, answers="gold")
+    if data.drop_leaks and data.dev:
+        leaked = {record.id for record in shared_questions(records, load_records(data.dev))}
+        records = [record for record in records if record.id not in leaked]
+        if not records:
+            raise InputError(f"{data.train}: every question is in {data.dev} too; name another data.train or data.dev")
+    return records
 
 
 def load_questions(path: str, data: PromptData) -> Questions:
@@ -262,6 +279,11 @@ def train(
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(best_checkpoint(checkpoint)))
     else:
+        if backend == "unsloth":
+            folder = keep_compiled_code()
+            click.echo(
+                f"the first step compiles, which may take a minute; {folder} keeps the result for the next start"
+            )
         with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     log = trainer.state.log_history

@@ -4,6 +4,7 @@ Every finding is one line with its cure. Both training scripts look first, witho
 doctor also loads it and samples groups of answers, to see that rewards differ within a group.
 """
 
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import click
 
 from malpyeong.config.gpu import USABLE_GIB, nearest
 from malpyeong.config.recipe import GRPORecipe, GRPOTraining, SFTRecipe
+from malpyeong.contest.leaks import answer_problems, ids, shared_questions
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.models.environment import version_problems
@@ -33,7 +35,7 @@ from malpyeong.training.data import (
     Questions,
     check_lengths,
     labelled_share,
-    load_questions,
+    load_train,
     recalled_share,
     with_prompt_data,
 )
@@ -102,11 +104,13 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
 
     yield from _versions()
     yield from _card(recipe)
-    names = ["train", "dev"] if isinstance(recipe, SFTRecipe) else ["train"]
-    splits = [load_records(getattr(recipe.data, name), answers="gold") for name in names]
-    records = [record for split in splits for record in split]
+    records = load_train(recipe.data)
+    train = len(records)
+    if isinstance(recipe, SFTRecipe):
+        records += load_records(recipe.data.dev, answers="gold")
+    yield from _data(recipe)
     yield from _batches(recipe, len(records))
-    yield from _warm_up(recipe, len(splits[0]))
+    yield from _warm_up(recipe, train)
     shape = shape_of(recipe.model.name)
     yield from _memory(recipe, shape, backend)
     yield from _disk(recipe, shape)
@@ -157,6 +161,27 @@ def _card(recipe: AnyRecipe) -> Iterator[Finding]:
         yield Finding("error", f"gpu is {gpu}, but {card.name} has {size:.1f} GiB", cure)
     else:
         yield Finding("ok", f"{card.name}, {size:.1f} GiB; the recipe computes in {dtype}")
+
+
+def _data(recipe: AnyRecipe) -> Iterator[Finding]:
+    data = recipe.data
+    splits = {name: load_records(path) for name in ("train", "dev", "test") if (path := getattr(data, name))}
+    problems = []
+    for (name, records), (other_name, others) in itertools.combinations(splits.items(), 2):
+        shared = shared_questions(records, others)
+        if shared:
+            text = f"{len(shared)} of {len(records)} questions of data.{name} are in data.{other_name} ({ids(shared)})"
+            if (name, other_name) != ("train", "dev"):
+                problems.append(Finding("warning", text))
+            elif data.drop_leaks:
+                problems.append(Finding("warning", f"{text} and are left out"))
+            else:
+                problems.append(Finding("warning", text, "leave them out with --drop-leaks"))
+    for name, records in splits.items():
+        problems += [Finding("warning", f"data.{name}: {problem}") for problem in answer_problems(records)]
+    yield from problems or [
+        Finding("ok", f"{', '.join(splits)}: no question stands in two files or with two answers, all answers in form")
+    ]
 
 
 def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
@@ -226,8 +251,8 @@ def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: floa
     if backend == "unsloth" and model.load_in_4bit and model.dtype == "float16" and completions > NF4_ROWS:
         yield Finding(
             "warning",
-            f"{completions} completions are sampled together; above {NF4_ROWS} Unsloth dequantises the weights for each "
-            "token",
+            f"{completions} completions are sampled together; above {NF4_ROWS} Unsloth dequantises the weights for "
+            "each token",
             f"set training.gradient_accumulation_steps={max(1, NF4_ROWS // training.batch_size)}",
         )
     small = shape.block_parameters + shape.other_parameters <= 4.5e9
@@ -269,6 +294,7 @@ def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
 def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
     from malpyeong.config.recipe import REWARD_MODELS
     from malpyeong.metrics.pairs import model_file
+    from malpyeong.metrics.rouge import load_dictionary
 
     for name in sorted({model for reward in recipe.data.rewards for model in REWARD_MODELS[reward]}):
         model = getattr(recipe.data.scorers, name)
@@ -279,6 +305,11 @@ def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
             yield Finding("error", f"data.scorers.{name}: {error.message}")
         else:
             yield Finding("ok", f"{name}: {model} is here")
+    if {"rouge_1", "official"} & recipe.data.rewards.keys():
+        try:
+            load_dictionary()
+        except InputError as error:
+            yield Finding("error", error.message)
 
 
 def examine_tokenizer(
@@ -446,7 +477,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     from malpyeong.training.rewards import RewardRun, load_models
 
     training, weights = recipe.training, recipe.data.rewards
-    questions = load_questions(recipe.data.train, recipe.data)
+    questions = with_prompt_data(load_train(recipe.data), recipe.data)
     records = questions.records[:groups]
     contexts = questions.contexts[:groups] if questions.contexts else [_NO_CONTEXT] * len(records)
     run = RewardRun(

@@ -184,8 +184,7 @@ class RewardRun:
     that dead groups do not show. Logged once a step:
 
     - ``dead_groups``: share of groups whose answers all earn the same in every reward; nothing is learnt from them.
-    - ``group_std/NAME``: standard deviation of a component within a group, mean over the groups that it applies to;
-      left out where there is none.
+    - ``group_std/NAME``: standard deviation of a component within a group, mean over the groups.
 
     TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
 
@@ -264,8 +263,8 @@ class RewardRun:
         found = {}
         for name, rewards in self._step.items():
             known = [[value for value in group if value is not None] for group in self._groups(rewards)]
-            if spreads := [statistics.stdev(group) for group in known if len(group) > 1]:
-                found[f"group_std/{name}"] = statistics.fmean(spreads)
+            if deviations := [statistics.stdev(group) for group in known if len(group) > 1]:
+                found[f"group_std/{name}"] = statistics.fmean(deviations)
         quiet = [self._without_noise(self._step[name]) for name, weight in self._weights.items() if weight]
         dead = [
             all(len({value for value in group if value is not None}) <= 1 for group in groups)

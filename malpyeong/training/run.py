@@ -21,7 +21,7 @@ from typing import Any
 import click
 import yaml
 
-from malpyeong.config.gpu import preset
+from malpyeong.config.gpu import Stage, preset
 from malpyeong.config.load import upgrade
 from malpyeong.config.recipe import Block
 from malpyeong.errors import InputError
@@ -39,10 +39,10 @@ PACKAGES = (
     "datasets",
     "bert-score",
     "rouge-score",
-    "python-mecab-ko",
+    "mecab-ko",
+    "python-mecab-ko-dic",
     "sentencepiece",
     "sentence-transformers",
-    "bm25s",
     "kiwipiepy",
     "unsloth",
 )
@@ -59,6 +59,7 @@ FREE = (
     "training.logging_steps",
     "training.gradient_checkpointing",
     "data.scorers.device",
+    "data.test",  # only compared with train
 )
 MAX_STEPS = "training.max_steps"
 
@@ -115,9 +116,8 @@ def _has_constant_rate(recipe: Any) -> bool:  # noqa: ANN401 -- any recipe
 def _refusal(output: Path, recipe: Block, before: Mapping[str, Any], different: Sequence[str]) -> InputError:
     """Return the error that names what is another and the overrides that keep it as it was."""
     now = _flat(recipe.model_dump(mode="json"))
-    old_presets, presets = (
-        _flat(preset(values["gpu"], values["stage"])) if values.get("gpu") else {} for values in (before, now)
-    )
+    stage: Stage = "grpo" if now["stage"] == "grpo" else "sft"
+    old_presets, presets = (_flat(preset(gpu, stage)) for gpu in (before.get("gpu"), now.get("gpu")))
     by_gpu = [
         key
         for key in different
@@ -208,23 +208,6 @@ def checkpoints(output: Path) -> list[Path]:
     """Return a run's checkpoints, complete or not, the newest first."""
     found = [folder for folder in output.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda folder: -int(folder.name.removeprefix("checkpoint-")))
-
-
-def assert_arguments(arguments: object, stated: Mapping[str, Any]) -> None:
-    """Make sure that a trainer kept every argument that the recipe stated.
-
-    Unsloth's generated trainers change some silently.
-
-    Raises:
-        RuntimeError: names each changed argument with both values.
-    """
-    changed = [
-        f"{name} is {getattr(arguments, name, None)!r}, stated {value!r}"
-        for name, value in stated.items()
-        if not _same(getattr(arguments, name, None), value)
-    ]
-    if changed:
-        raise RuntimeError(f"the trainer changed what the recipe states: {'; '.join(changed)}")
 
 
 def is_last(checkpoint: Path, max_steps: int | None) -> bool:
@@ -354,10 +337,11 @@ def _recorded_recipe(output: Path, recipe: Block) -> dict[str, Any]:
     """Return the recipe of an earlier start, with every key that this version knows."""
     try:
         values = yaml.safe_load((output / "config.yaml").read_text("utf-8"))
-        values.setdefault("stage", recipe.model_dump()["stage"])
-        list(upgrade(values))
+        if isinstance(values, dict):
+            values.setdefault("stage", type(recipe).model_fields["stage"].default)
+            list(upgrade(values))
         return type(recipe).model_validate(values).model_dump(mode="json")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         raise InputError(
             f"{output}: its config.yaml is damaged, or no recipe of this version; start again in another folder"
         ) from None
@@ -401,9 +385,3 @@ def _override(key: str, value: Any) -> str:  # noqa: ANN401 -- what YAML gives
     """Return an override as it is typed in a shell."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return shlex.quote(f"{key}={text}")
-
-
-def _same(found: Any, stated: Any) -> bool:  # noqa: ANN401 -- any argument's value
-    if isinstance(stated, float) and isinstance(found, float):
-        return math.isclose(found, stated, rel_tol=1e-9)
-    return bool(found == stated or str(getattr(found, "value", found)) == str(stated))

@@ -25,6 +25,7 @@ from malpyeong.contest.records import Record, write_records
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
 from malpyeong.samples import DATA
+from malpyeong.terminal import Command
 from tools.samples.contest_like import build_records
 from tools.samples.items import Item, attach, draw_words, fill, load_items, load_rules, load_specials
 
@@ -215,7 +216,7 @@ def write_splits(folder: Path) -> None:
     write_text(folder / "rules.json", json.dumps(load_rules(), ensure_ascii=False, indent=2) + "\n")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=DATA, help="Folder to write to.")
 def main(output: Path) -> None:
     """Build the sample data from the item bank."""
