@@ -19,7 +19,6 @@ from transformers import AutoConfig, GenerationConfig
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import LoraBlock, SFTRecipe
 from malpyeong.contest.records import load_records
-from malpyeong.doctor import SAMPLES
 from malpyeong.errors import InputError
 from malpyeong.export import export
 from malpyeong.export import main as export_command
@@ -37,6 +36,7 @@ from malpyeong.predict import main as predict_command
 from malpyeong.prompts.messages import build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.callbacks import TrainingStoppedError, check_learnt
+from malpyeong.training.preflight import SAMPLES
 from malpyeong.training.run import weights_digest
 
 ROOT = Path(__file__).parent.parent

@@ -1,5 +1,6 @@
 """Runs that are resumed after something has changed, and what a run bears while it lasts. Real runs of the recipes."""
 
+import html
 import importlib.util
 import json
 import re
@@ -11,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, MiningRecipe, SFTRecipe
@@ -32,8 +34,7 @@ def recipe(stage, *arguments):
     spec = importlib.util.spec_from_file_location(stage, ROOT / "recipes" / f"{stage}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    name = {"train_retriever": "retriever"}.get(stage, stage)
-    command = [str(ROOT / "recipes" / "tiny" / f"{name}.yaml"), *map(str, arguments)]
+    command = [str(ROOT / "recipes" / "tiny" / f"{stage}.yaml"), *map(str, arguments)]
     return CliRunner().invoke(script.main, command)
 
 
@@ -51,6 +52,17 @@ def refused(result, code=2):
 
 def weights(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def read_log(run):
+    return json.loads((run / "log.json").read_text("utf-8"))
+
+
+def curves(run):
+    """Return what the run's page draws: for each chart the steps and values of its lines."""
+    page = run_page(read_run(run))
+    assert not re.search(r"\bnan\b", page, re.IGNORECASE)
+    return [json.loads(html.unescape(lines)) for lines in re.findall(r'data-lines="(.*?)"', page)]
 
 
 def same(first, second):
@@ -114,23 +126,26 @@ def test_a_reward_that_applies_to_no_completion_of_a_step(data, adapter, tmp_pat
         assert ("group_std/rouge_1" in row) == it_does
         assert (row["rewards/rouge_1/mean"] is not None) == it_does
     assert output.count("rouge_1 ") == applies.count(True)
-    page = run_page(read_run(run))
-    assert not re.search(r"\bnan\b", page, re.IGNORECASE)
+    rouge_1 = curves(run)[0][2]
+    assert rouge_1["steps"] == [step for step, it_does in enumerate(applies, 1) if it_does]
 
 
-def test_readers_of_logs_bear_none_and_nan(grpo_run, tmp_path):
+def test_readers_of_logs_bear_none_and_nan(tmp_path):
     """As a log may be: JSON has both null and NaN."""
     rows = [
         {"step": 1, "loss": None, "reward": float("nan"), "rewards/rouge_1/mean": None, "dead_groups": None},
         {"step": 2, "loss": float("nan"), "reward": 1.0, "rewards/rouge_1/mean": float("nan"), "grad_norm": 0.5},
         {"step": 3, "loss": 0.5, "reward": 2.0, "rewards/rouge_1/mean": 0.25, "completions/clipped_ratio": None},
     ]
-    run = shutil.copytree(grpo_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
-    (run / "log.json").write_text(json.dumps(rows))
-    assert not re.search(r"\bnan\b", run_page(read_run(run)), re.IGNORECASE)
-    for row in rows:
-        assert progress_line(row["step"], row)
-        Guards().on_log(None, None, None, logs=row)
+    config = {"model": {"name": "a"}, "data": {"rewards": {"rouge_1": 1}}, "training": {"num_generations": 2}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for name, content in (("log", rows), ("environment", {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "adapter").mkdir()
+    assert [chart[0]["steps"] for chart in curves(tmp_path)] == [[3], [2, 3], [3], [2]]
+    for number, row in enumerate(rows, 1):
+        assert progress_line(number, row).startswith(f"step {number}: " if number > 1 else "")
+        Guards(steps=2).on_log(None, TrainerState(global_step=number), None, logs=row)
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +256,12 @@ def test_sft_finds_its_best_checkpoint_where_the_folder_is_now(data, adapter, tm
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_another_card_is_refused_by_the_presets_name(stage, tmp_path):
-    file, kind = ROOT / "recipes" / "qwen" / f"{stage}.yaml", {"sft": SFTRecipe, "grpo": GRPORecipe}[stage]
+    file, kind = ROOT / "recipes" / f"{stage}.yaml", {"sft": SFTRecipe, "grpo": GRPORecipe}[stage]
+    model = str(ROOT / "recipes" / "models" / "qwen.yaml")
     run, inputs = tmp_path / "run", {"data.train": DATA / "train.json"}
 
     def resolved(*overrides):
-        return load_recipe(file, [f"training.output={run}", *overrides], kind)
+        return load_recipe(file, [model, f"training.output={run}", *overrides], kind)
 
     start_run(run, resolved("gpu=t4"), inputs)
     with pytest.raises(InputError) as error:
