@@ -84,10 +84,6 @@ def data(tmp_path_factory):
     return folder
 
 
-def read_log(run):
-    return json.loads((run / "log.json").read_text("utf-8"))
-
-
 def base(data, output):
     return (f"model.name={TINY_BASE}", f"data.train={data / 'some.jsonl'}", f"training.output={output}")
 
