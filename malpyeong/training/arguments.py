@@ -6,7 +6,7 @@ Unsloth's generated trainers change some when they are made. There are three cla
 2. Values that mean the same (:func:`meaning`, ``OFF``): no change.
 3. Every other argument decides what is learnt or what is known of it: a change ends the run.
 
-``tests/unsloth_arguments.json`` lists what Unsloth assigns and what each assignment leads to.
+``tests/training/unsloth_arguments.json`` lists what Unsloth assigns and what each assignment leads to.
 """
 
 import copy

@@ -34,7 +34,7 @@ from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
 from malpyeong.training.perplexity import Row, perplexities, perplexity, shared_prefix
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEV = load_records(DATA / "dev.json", answers="gold")
 RULES = load_rule_book(DATA / "rules.json")
 

@@ -26,7 +26,7 @@ from malpyeong.training.callbacks import Guards, progress_line
 from malpyeong.training.data import Questions, grpo_dataset
 from malpyeong.training.run import check_run, start_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def recipe(stage, *arguments):

@@ -39,7 +39,7 @@ from malpyeong.training.callbacks import TrainingStoppedError, check_learnt
 from malpyeong.training.preflight import SAMPLES
 from malpyeong.training.run import weights_digest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUESTIONS = load_records(DATA / "test_questions.json")[:2]
 
 

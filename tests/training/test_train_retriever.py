@@ -17,7 +17,7 @@ from malpyeong.retrieval.neural import Dense, load_encoder
 from malpyeong.retrieval.search import Retriever, rule_documents
 from malpyeong.samples import DATA, TINY_BASE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RULES = load_rule_book(DATA / "rules.json")
 LABELS = {id_: label["rule"] for id_, label in json.loads((DATA / "labels.json").read_text("utf-8")).items()}
 

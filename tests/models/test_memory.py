@@ -20,7 +20,7 @@ from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
 from malpyeong.training.session import keep_adapter_in_float32
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 TOLERANCE = 0.15  # of the measured peak
 RANK, VOCABULARY = 16, 12_000
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

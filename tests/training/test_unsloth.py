@@ -20,9 +20,9 @@ from malpyeong.errors import InputError
 from malpyeong.models.environment import prepare_environment, version_problems
 from malpyeong.samples import TINY_BASE
 from malpyeong.training.arguments import check_arguments, expected_arguments
-from tests import unsloth_arguments
+from tests.training import unsloth_arguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 needs_unsloth = pytest.mark.skipif(
     not (find_spec("unsloth") and find_spec("unsloth_zoo")), reason="unsloth is not installed"
 )
@@ -180,8 +180,8 @@ def test_an_argument_of_no_class_ends_the_run(capsys):
 
 GENERATED = """
 import dataclasses, inspect, json, sys
-from tests import unsloth_arguments
-from tests.test_unsloth import KINDS, load_recipe, script
+from tests.training import unsloth_arguments
+from tests.training.test_unsloth import KINDS, load_recipe, script
 import trl
 stock = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}
 unsloth_arguments.generate()
@@ -269,7 +269,7 @@ def test_unsloths_generated_trainers_go_on_or_end_with_the_reason(generated):
 
 @needs_generator
 def test_the_list_of_assignments_is_complete(generated):
-    """``python -m tests.unsloth_arguments`` brings it up to date."""
+    """``python -m tests.training.unsloth_arguments`` brings it up to date."""
     key = unsloth_arguments.key
     assert sorted(map(str, map(key, generated[1]["assignments"]))) == sorted(map(str, map(key, LISTED["assignments"])))
 

@@ -12,7 +12,7 @@ from malpyeong.metrics.exact_match import exact_match
 from malpyeong.report.causes import Cause, find_cause
 from malpyeong.samples import DATA
 from malpyeong.submit import problems, warnings
-from tests.test_answer import ANSWERLIKE
+from tests.contest.test_answer import ANSWERLIKE
 
 
 @pytest.mark.parametrize(

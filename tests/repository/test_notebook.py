@@ -14,7 +14,7 @@ nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 pytest.importorskip("ipykernel", reason="ipykernel is not installed")
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "malpyeong_grpo.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "malpyeong_grpo.ipynb"
 
 
 def load():

@@ -29,7 +29,7 @@ from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
 from malpyeong.training.run import last_checkpoint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRAIN = load_records(DATA / "train.json", answers="gold")
 
 

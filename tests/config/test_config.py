@@ -9,7 +9,7 @@ from malpyeong.config.load import load_recipe, upgrade
 from malpyeong.config.recipe import GRPORecipe, MiningRecipe, RetrieverRecipe, SFTRecipe
 from malpyeong.errors import InputError
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = sorted((RECIPES / "models").glob("*.yaml"))
 KINDS = {"sft": SFTRecipe, "grpo": GRPORecipe, "mine": MiningRecipe, "retriever": RetrieverRecipe}
 QWEN = str(RECIPES / "models" / "qwen.yaml")
