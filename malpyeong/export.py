@@ -86,7 +86,7 @@ def export(
         load_for_prediction,
         load_tokenizer,
         put_adapter,
-        stop_at_eos,
+        set_generation_config,
     )
     from malpyeong.predict import predict
     from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
@@ -103,7 +103,7 @@ def export(
                 f"{base}: is a quantised model, onto which an adapter must not be merged; name its 16-bit original "
                 "with --base, or use --dequantised"
             )
-        stop_at_eos(model, tokenizer)
+        set_generation_config(model, tokenizer)
         model = put_adapter(model, adapter).to("cuda" if torch.cuda.is_available() else "cpu").eval()
         prompts = [prompt_ids(tokenizer, build_messages(record)) for record in check]
         decoding = Decoding(max_new_tokens=max_new_tokens)
