@@ -137,6 +137,7 @@ class GrammarMask:
 
         self._ends, self._start, self._executor = answer_format.ends, prompt_length, LLExecutor()
         self._live = [(answer_format.matcher(grammar), row) for row, grammar in enumerate(grammars)]
+        self._shifts: torch.Tensor | None = None
         self._masks = allocate_token_bitmask(len(grammars), answer_format.vocabulary)  # (rows, 32 tokens each)
 
     def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
@@ -150,8 +151,9 @@ class GrammarMask:
             return scores
         fill_next_token_bitmask_par(self._executor, self._live, self._masks)
         masks = torch.from_numpy(self._masks).to(scores.device)
-        bits = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=scores.device)
-        refused = (bits & 1 == 0).flatten(1)[:, : scores.shape[1]]
+        if self._shifts is None:
+            self._shifts = torch.arange(32, dtype=torch.int32, device=scores.device)
+        refused = (masks[:, :, None] >> self._shifts & 1 == 0).flatten(1)[:, : scores.shape[1]]
         return scores.masked_fill(refused, -torch.inf)
 
     def _take(self, tokens: Sequence[int]) -> None:

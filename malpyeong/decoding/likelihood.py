@@ -1,21 +1,20 @@
-"""Log-likelihoods of what may follow each prompt of a batch, in two passes over the model.
+"""Log-likelihoods of what may follow each prompt of a batch, without reading or holding a prompt twice.
 
 The prompts go through the model together, padded on the left. What may follow a prompt is a tree, since candidates begin
-alike. All trees go through the model in a second pass, in which a token sees its prompt and its own branch (tree
-attention, as in SpecInfer, Miao et al. 2023, https://arxiv.org/abs/2305.09781): no prompt is read or held twice. The
-keys and values of every candidate are then there, and :meth:`TreeScorer.begin` lets generation go on from them.
+alike. All trees go through the model in one more pass, in which a token sees its prompt and its own branch (tree
+attention, as in SpecInfer, Miao et al. 2023, https://arxiv.org/abs/2305.09781). The keys and values of every candidate
+are then there, and :meth:`TreeScorer.begin` lets generation go on from them.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from malpyeong.training.perplexity import causal_lm, token_losses
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class Batch(NamedTuple):
@@ -33,31 +32,68 @@ class Batch(NamedTuple):
 
 
 class _Tree:
-    """Candidates as a tree that shares what they begin with; its root is the prompt's last token."""
+    """Candidates as a tree that shares what they begin with; its root is the prompt's last token.
+
+    Attributes:
+        tokens, parents, depths: of each node. A candidate's last token is no node: nothing is read after it here.
+        places: where each node's keys and values are in the cache.
+        logs: (node, token) → log p(token | the branch up to the node).
+    """
 
     def __init__(self, root: int, candidates: Sequence[Sequence[int]]) -> None:
+        self._candidates = candidates
         self.tokens, self.parents, self.depths = [root], [0], [0]
-        self.paths = []  # each candidate's nodes
-        children: dict[tuple[int, int], int] = {}
-        for candidate in candidates:
-            node, path = 0, []
-            for token in candidate:
-                child = children.setdefault((node, token), len(self.tokens))
+        self.places: list[int] = []
+        self.logs: dict[tuple[int, int], float] = {}
+        self._children: dict[tuple[int, int], int] = {}
+
+    def grow(self, wanted: Sequence[int]) -> None:
+        """Make nodes for the candidates at these positions."""
+        for position in wanted:
+            node = 0
+            for token in self._candidates[position][:-1]:
+                child = self._children.setdefault((node, token), len(self.tokens))
                 if child == len(self.tokens):
                     self.tokens.append(token)
                     self.parents.append(node)
                     self.depths.append(self.depths[node] + 1)
                 node = child
-                path.append(node)
-            self.paths.append(path)
 
-    def see(self, seen: "np.ndarray[Any, Any]") -> None:
-        """Mark what each node sees, of shape [nodes, nodes]: itself and its branch up to the root."""
-        import numpy as np
+    def edges(self, position: int) -> Iterator[tuple[int, int]]:
+        """Yield a candidate's tokens, each with the node before it, as far as there are nodes."""
+        node: int | None = 0
+        for token in self._candidates[position]:
+            if node is None:
+                return
+            yield node, token
+            node = self._children.get((node, token))
 
-        for path in ([], *self.paths):
-            branch = [0, *path]
-            seen[np.ix_(branch, branch)] |= np.tri(len(branch), dtype=bool)
+    def edges_after(self, start: int) -> set[tuple[int, int]]:
+        """Return the tokens of all candidates behind the nodes from ``start`` on, each with its node."""
+        every = (edge for position in range(len(self._candidates)) for edge in self.edges(position))
+        return {edge for edge in every if edge[0] >= start}
+
+    def branch(self, node: int) -> list[int]:
+        """Return the nodes from the root to ``node``."""
+        return [*self.branch(self.parents[node]), node] if node else [0]
+
+    def scores(self) -> list[float]:
+        """Return each candidate's log-likelihood; of one that has not all of its nodes, a bound that is not below."""
+        return [sum(self.logs[edge] for edge in self.edges(position)) for position in range(len(self._candidates))]
+
+    def unfinished(self) -> list[int]:
+        """Return the positions of candidates without all of their nodes that may yet be the likeliest.
+
+        First all that are not much longer than the shortest; the others only where what they begin with is as likely
+        as the best of those is as a whole.
+        """
+        lengths = list(map(len, self._candidates))
+        if not self.logs:
+            return [position for position, length in enumerate(lengths) if 2 * length <= 3 * min(lengths)]
+        scores = self.scores()
+        whole = [sum(1 for _ in self.edges(position)) == length for position, length in enumerate(lengths)]
+        best = max(score for score, finished in zip(scores, whole, strict=True) if finished)
+        return [position for position, score in enumerate(scores) if score >= best and not whole[position]]
 
 
 class TreeScorer:
@@ -75,20 +111,51 @@ class TreeScorer:
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]]) -> list[list[float]]:
-        """Return log p(candidate | its prompt), summed over its tokens, for the candidates of each prompt."""
-        import numpy as np
+        """Return log p(candidate | its prompt), summed over its tokens, for the candidates of each prompt.
 
-        batch = self.begin(prompts)
-        trees = [_Tree(prompt[-1], some) for prompt, some in zip(prompts, candidates, strict=True)]
-        rows, before, nodes = len(trees), batch.ids.shape[1] - 1, max(len(tree.tokens) for tree in trees)
+        A candidate that cannot be the likeliest of its prompt may have a bound instead: above its log-likelihood, and
+        below the highest.
+        """
+        asked = [row for row, some in enumerate(candidates) if some]
+        batch = self.begin([prompts[row] for row in asked])
+        trees = [_Tree(prompts[row][-1], candidates[row]) for row in asked]
+        starts = [0] * len(trees)
+        while any(wanted := [tree.unfinished() for tree in trees]):
+            for tree, some in zip(trees, wanted, strict=True):
+                tree.grow(some)
+            self._read(batch, trees, starts)
+            starts = [len(tree.tokens) for tree in trees]
+        self._cache, self._known = batch.cache, {}
+        found: list[list[float]] = [[] for _ in prompts]
+        for number, (row, tree) in enumerate(zip(asked, trees, strict=True)):
+            prompt, found[row] = prompts[row], tree.scores()
+            own = [*range(batch.ids.shape[1] - len(prompt), batch.ids.shape[1] - 1)]
+            self._known[tuple(prompt)] = number, own
+            for position, ids in enumerate(candidates[row]):
+                nodes = [node for node, _ in tree.edges(position)]
+                if len(nodes) == len(ids):
+                    self._known[*prompt, *ids] = number, [*own, *(tree.places[node] for node in nodes)]
+        return found
+
+    def _read(self, batch: Batch, trees: Sequence[_Tree], starts: Sequence[int]) -> None:
+        """Read the nodes from ``starts`` on, into the batch's cache; note what the model says of the tokens after them."""
+        rows, before = len(trees), batch.ids.shape[1] - 1
+        done = batch.cache.get_seq_length() - before  # of trees, padding included
+        nodes = max(len(tree.tokens) - start for tree, start in zip(trees, starts, strict=True))
+        lengths = batch.mask.sum(1).tolist()
         ids = np.full((rows, nodes), self._pad)
         positions = np.zeros((rows, nodes), dtype=np.int64)
-        seen = np.zeros((rows, nodes, nodes), dtype=bool)
-        seen[:, range(nodes), range(nodes)] = True  # padding too: of nothing at all there is no softmax
-        for row, tree in enumerate(trees):
-            ids[row, : len(tree.tokens)] = tree.tokens
-            positions[row, : len(tree.tokens)] = np.add(tree.depths, len(prompts[row]) - 1)
-            tree.see(seen[row])
+        seen = np.zeros((rows, nodes, done + nodes), dtype=bool)
+        seen[:, range(nodes), range(done, done + nodes)] = True  # padding too: of nothing at all there is no softmax
+        edges: list[tuple[int, int, int]] = []  # (row, node, token)
+        for row, (tree, start) in enumerate(zip(trees, starts, strict=True)):
+            new = range(start, len(tree.tokens))
+            tree.places += [before + done + node - start for node in new]
+            ids[row, : len(new)] = tree.tokens[start:]
+            positions[row, : len(new)] = np.add(tree.depths[start:], lengths[row] - 1)
+            for node in new:
+                seen[row, node - start, [tree.places[one] - before for one in tree.branch(node)]] = True
+            edges += ((row, *edge) for edge in tree.edges_after(start))
         device, dtype = batch.ids.device, self._model.dtype
         allowed = torch.cat(
             [batch.mask[:, None, :before].bool().expand(-1, nodes, -1), torch.from_numpy(seen).to(device)], dim=2
@@ -102,60 +169,57 @@ class TreeScorer:
             past_key_values=batch.cache,
             use_cache=True,
         ).last_hidden_state
-        logs = self._log_probabilities(hidden, trees)
-        self._cache, self._known = batch.cache, {}
-        for row, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
-            own = [*range(before + 1 - len(prompt), before + 1)]
-            for ids_, path in zip(([], *candidates[row]), ([], *tree.paths), strict=True):
-                self._known[*prompt, *ids_] = row, [*own, *(before + node for node in path)]
-        return [[sum(logs[row][node] for node in path) for path in tree.paths] for row, tree in enumerate(trees)]
-
-    def _log_probabilities(self, hidden: torch.Tensor, trees: Sequence[_Tree]) -> list[list[float]]:
-        """Return log p of each node after its branch (0 for roots), from hidden states [rows, nodes, hidden]."""
-        parents = [(row, parent) for row, tree in enumerate(trees) for parent in tree.parents[1:]]
-        targets = [token for tree in trees for token in tree.tokens[1:]]
-        if not targets:
-            return [[0.0] for _ in trees]
-        places = torch.tensor(parents, device=hidden.device)
-        losses = token_losses(
-            self._model.get_output_embeddings(),
-            hidden[places[:, 0], places[:, 1]],
-            torch.tensor(targets, device=hidden.device),
-        )
-        parts = torch.split(-losses.double(), [len(tree.tokens) - 1 for tree in trees])
-        return [[0.0, *part.tolist()] for part in parts]
+        at = torch.tensor([(row, node - starts[row]) for row, node, _ in edges], device=device)
+        targets = torch.tensor([token for *_, token in edges], device=device)
+        losses = token_losses(self._model.get_output_embeddings(), hidden[at[:, 0], at[:, 1]], targets)
+        for (row, *edge), loss in zip(edges, losses.tolist(), strict=True):
+            trees[row].logs[edge[0], edge[1]] = -loss
 
     @torch.inference_mode()
     def begin(self, sequences: Sequence[list[int]]) -> Batch:
         """Return ``sequences`` as a batch whose last tokens come next.
 
-        Where the last :meth:`score` has computed all of them (its prompts, with a candidate or without), its keys and
-        values are used; they are given away by that.
+        Of what the last :meth:`score` has read (prompts, with a candidate or without) the keys and values are used;
+        they are given away by that.
         """
-        longest = max(map(len, sequences))
-        device = self._model.device
+        longest, device = max(map(len, sequences)), self._model.device
         ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in sequences], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences], device=device)
-        found = [self._known.get(tuple(row)) for row in sequences]
-        known = [place for place in found if place]
-        cache, self._cache, self._known = self._cache, None, {}
-        if cache and len(known) == len(found):
-            rows = torch.tensor([row for row, _ in known], device=device)[:, None]
-            places = torch.tensor([[0] * (longest - len(own)) + own[:-1] for _, own in known], device=device)
-            layers: Any = cache.layers
-            for layer in layers:
+        known = {row: self._known[key] for row, ids_ in enumerate(sequences) if (key := tuple(ids_)) in self._known}
+        fresh = [row for row in range(len(sequences)) if row not in known]
+        old, self._cache, self._known = self._cache, None, {}
+        caches: list[Any] = []
+        if old and known:
+            rows = torch.tensor([row for row, _ in known.values()], device=device)[:, None]
+            own = [[0] * (longest - 1 - len(places)) + places for _, places in known.values()]
+            places = torch.tensor(own, device=device)
+            caches.append(old)
+            for layer in caches[0].layers:
                 layer.keys = layer.keys.transpose(1, 2)[rows, places].transpose(1, 2)
                 layer.values = layer.values.transpose(1, 2)[rows, places].transpose(1, 2)
-            return Batch(ids, mask, cache)
+        if fresh:
+            width = max(len(sequences[row]) for row in fresh)
+            caches.append(self._prefill(ids[fresh, -width:-1], mask[fresh, -width:-1]))
+            for layer in caches[-1].layers:
+                layer.keys = pad(layer.keys, (0, 0, longest - width, 0))
+                layer.values = pad(layer.values, (0, 0, longest - width, 0))
+        if len(caches) == 2:
+            order = torch.tensor([*known, *fresh], device=device).argsort()
+            for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
+                layer.keys = torch.cat([layer.keys, other.keys])[order]
+                layer.values = torch.cat([layer.values, other.values])[order]
+        return Batch(ids, mask, caches[0])
+
+    def _prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> Cache:
         cache = DynamicCache()
         self._model.get_decoder()(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0),
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             past_key_values=cache,
             use_cache=True,
         )
-        return Batch(ids, mask, cache)
+        return cache
 
 
 @torch.inference_mode()
@@ -194,7 +258,7 @@ def can_score_trees(model: Any, sample: Sequence[int]) -> bool:  # noqa: ANN401 
     if not plain or lm.config._attn_implementation not in ("sdpa", "eager"):
         return False
     prompts = [list(sample[:3]), list(sample[:2])]
-    candidates = [[list(sample[3:]), list(sample[4:])], [list(sample[2:])]]
+    candidates = [[list(sample[3:]), [*sample[3:-1], sample[0]]], [list(sample[2:])]]
     trees = TreeScorer(model, 0).score(prompts, candidates)
     one_by_one = [log_likelihoods(lm, prompt, some) for prompt, some in zip(prompts, candidates, strict=True)]
     tolerance = 1e-4 if str(lm.dtype) == "torch.float32" else 2e-2
