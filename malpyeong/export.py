@@ -89,7 +89,7 @@ def export(
         load_for_prediction,
         put_adapter,
         save_tokenizer,
-        stop_at_eos,
+        set_generation_config,
         tokenizer_for_prediction,
     )
     from malpyeong.predict import predict
@@ -109,7 +109,7 @@ def export(
                 f"{base}: is a quantised model, onto which an adapter must not be merged; name its 16-bit original "
                 f"with --base{', or use --dequantised' if method == 'bitsandbytes' else ''}"
             )
-        stop_at_eos(model, tokenizer)
+        set_generation_config(model, tokenizer)
         model = put_adapter(model, adapter).to("cuda" if torch.cuda.is_available() else "cpu").eval()
         prompts = [prompt_ids(tokenizer, build_messages(record)) for record in check]
         decoding = Decoding(max_new_tokens=max_new_tokens)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from malpyeong.contest.answer import format_problem
+from malpyeong.contest.question import options
 from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.contest.repair import repair
 from malpyeong.decoding.vote import ReasonScore, choose, rouge_score
@@ -41,6 +42,9 @@ def predict(
 ) -> Iterator[tuple[int, str]]:
     """Yield (position, answer) for every record, longest prompts first.
 
+    Constrained answers to questions with options are given one after another: their verdicts are there at the start, so
+    that such a batch ends sooner than one in which other questions take part.
+
     Batches are fixed before anything is skipped, because what else is in a batch can decide near ties: an interrupted
     run goes on to the answers of an uninterrupted one.
 
@@ -52,7 +56,13 @@ def predict(
         score: of reasons, to choose among samples with (see :func:`malpyeong.decoding.vote.choose`).
     """
     prompts = engine.prompts(records)
-    order = sorted(range(len(records)), key=lambda place: -len(prompts[place]))
+    chosen = [engine.decoding.constrained and bool(options(record)) for record in records]
+    longest = {
+        kind: max(len(prompts[place]) for place, own in enumerate(chosen) if own == kind) for kind in set(chosen)
+    }
+    order = sorted(
+        range(len(records)), key=lambda place: (-longest[chosen[place]], chosen[place], -len(prompts[place]))
+    )
     size = max(1, batch_size // engine.decoding.samples)
     for start in range(0, len(order), size):
         places = order[start : start + size]

@@ -92,7 +92,7 @@ def load_for_training(
 
     tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
     base: Any = load_base(model.name, pick_dtype(model.dtype), load_in_4bit=model.load_in_4bit)
-    stop_at_eos(base, tokenizer)
+    set_generation_config(base, tokenizer)
     check_target_modules(base, model.lora.target_modules)
     if model.load_in_4bit:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=gradient_checkpointing)
@@ -116,7 +116,11 @@ def load_for_training(
 def load_for_prediction(
     name: str, adapter: str | None = None, dtype: str = "auto", load_in_4bit: bool = False
 ) -> tuple[Any, Any]:
-    """Load a model, with an adapter on it if one is named, in eval mode; on the GPU if there is one.
+    """Load a model in eval mode; on the GPU if there is one.
+
+    A named adapter is merged into 16- or 32-bit weights, in memory: without its own matrices a token takes less time,
+    and the answers are those of an exported model, which is what is submitted. Onto quantised weights it is put as it
+    is: there a merge would lose it.
 
     Returns:
         (model, tokenizer), the tokenizer padding on the left.
@@ -125,11 +129,13 @@ def load_for_prediction(
 
     tokenizer = tokenizer_for_prediction(name, adapter)
     model: Any = load_base(name, pick_dtype(dtype), load_in_4bit=load_in_4bit)
-    stop_at_eos(model, tokenizer)
+    set_generation_config(model, tokenizer)
+    quantised = getattr(model, "quantization_method", None) is not None
+    if torch.cuda.is_available() and not quantised:
+        model = model.to("cuda")
     if adapter:
         model = put_adapter(model, adapter)
-    if torch.cuda.is_available() and not load_in_4bit:
-        model = model.to("cuda")
+        model = model if quantised else model.merge_and_unload()
     return model.eval(), tokenizer
 
 
@@ -348,14 +354,41 @@ def _without_today(template: str | dict[str, str]) -> str | dict[str, str]:
     return _FROZEN_DATE + template
 
 
-def stop_at_eos(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: ANN401 -- a transformers model
-    """Let generation stop at the tokenizer's eos token, and at what the model's own files name besides."""
-    generation = model.generation_config
-    named = generation.eos_token_id
+def set_generation_config(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: ANN401 -- a causal LM
+    """Replace all of a model's generation config: greedy, and an end at :func:`stop_tokens`, whatever its files say.
+
+    Penalties, temperatures and minimum lengths of a base would else take part in every ``generate`` that does not
+    state them, rollouts included, and be written into merged folders, where servers obey them.
+    """
+    from transformers import GenerationConfig
+
+    stops = _with_eos(tokenizer, model.generation_config.eos_token_id)
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stops if len(stops) > 1 else stops[0],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.generation_config = config
+    if hasattr(model, "get_base_model"):  # a PEFT model has one of its own
+        model.get_base_model().generation_config = config
+
+
+def stop_tokens(name: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids that end an answer of a model that is not loaded: the tokenizer's eos, and those of its files."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        named = GenerationConfig.from_pretrained(name).eos_token_id
+    except (OSError, ValueError):
+        named = getattr(AutoConfig.from_pretrained(name), "eos_token_id", None)
+    return _with_eos(tokenizer, named)
+
+
+def _with_eos(tokenizer: "PreTrainedTokenizerBase", named: int | list[int] | None) -> list[int]:
+    eos: Any = tokenizer.eos_token_id
     others = named if isinstance(named, list) else [] if named is None else [named]
-    stops = [tokenizer.eos_token_id, *(token for token in others if token != tokenizer.eos_token_id)]
-    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
-    generation.pad_token_id = tokenizer.pad_token_id
+    return [eos, *(token for token in others if token != eos)]
 
 
 def check_adapter(adapter: str | Path | None) -> dict[str, Any]:
@@ -527,7 +560,7 @@ def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, 
     else:
         _check_fit(loaded, model.adapter)
     tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
-    stop_at_eos(loaded, tokenizer)
+    set_generation_config(loaded, tokenizer)
     return loaded, tokenizer
 
 

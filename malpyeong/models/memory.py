@@ -5,8 +5,8 @@ optimizer, scorers, vLLM's share) are added up; of the two moments that alternat
 (gradients, activations and logits), the fuller one counts. Not counted: the allocator's fragmentation, for which
 ``RESERVE`` is kept free, and the CUDA context, which ``USABLE_GIB`` leaves out.
 
-``tests/models/test_memory.py`` compares it with the peak that TRL's trainers reach on a CPU, and, for Unsloth, with the peaks
-that were measured on a GPU (``benchmarks/results/``); how vLLM's share adds up has not been measured.
+``tests/models/test_memory.py`` compares it with the peak that TRL's trainers reach on a CPU, and, for Unsloth, with
+the peaks that were measured on a GPU (``benchmarks/results/``); how vLLM's share adds up has not been measured.
 
     python -m malpyeong.models.memory recipes/[!t]*/grpo.yaml     (a table of recipes and cards)
 """

@@ -80,7 +80,7 @@ def shared_prefix(model: Any, prefix: Sequence[int]) -> Cache:  # noqa: ANN401 -
     # model's mask hides what is out of reach.
     cache = DynamicCache()
     ids = torch.tensor([list(prefix)], device=model.device)
-    _causal_lm(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    causal_lm(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
     layers: Any = cache.layers
     return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in layers])
 
@@ -108,7 +108,7 @@ def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> li
         ids[number, : len(row)] = torch.tensor([*row.prompt_end, *row.answer[:-1]])
         start = number * longest + len(row.prompt_end) - 1
         places += range(start, start + len(row.answer))
-    lm = _causal_lm(model)
+    lm = causal_lm(model)
     # Padding stands after a row's last token, where no token that counts looks: one causal mask serves all rows. It is
     # given ready made, because one of booleans is expanded and converted again in every layer.
     mask = torch.full((longest, seen + longest), -math.inf, dtype=lm.dtype, device=model.device).triu(seen + 1)
@@ -121,7 +121,7 @@ def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> li
     ).last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(places, device=hidden.device)]
     targets = torch.tensor([token for row in rows for token in row.answer], device=hidden.device)
-    losses = _losses(lm.get_output_embeddings(), hidden, targets)
+    losses = token_losses(lm.get_output_embeddings(), hidden, targets)
     means = [part.double().mean() for part in torch.split(losses.cpu(), [len(row.answer) for row in rows])]
     found = [math.exp(float(mean)) for mean in means]
     if not all(map(math.isfinite, found)):
@@ -129,7 +129,7 @@ def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> li
     return found
 
 
-def _losses(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 -- a module
+def token_losses(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 -- a module
     """Return -log p of each target, of shape [positions], from hidden states of shape [positions, hidden].
 
     The vocabulary is gone through in pieces, with a running maximum and sum of exponentials (as in the online softmax
@@ -191,6 +191,6 @@ def check_parts(model: Any, head: Sequence[int], rows: Sequence[Row], pad: int) 
         )
 
 
-def _causal_lm(model: Any) -> Any:  # noqa: ANN401 -- transformers and PEFT models
+def causal_lm(model: Any) -> Any:  # noqa: ANN401 -- transformers and PEFT models
     """Return the transformers model; LoRA layers sit inside it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,6 +1,6 @@
 """What Unsloth assigns to a trainer's arguments, read from its sources and from the trainers that it generates.
 
-    python -m tests.training.unsloth_arguments      where Unsloth and triton are installed: bring the committed list up to date
+    python -m tests.training.unsloth_arguments   (where Unsloth and triton are installed: brings the list up to date)
 
 Of each assignment the list has, from the sources: the stage (none where both trainers reach it), where it stands, the
 argument and the expression. By hand: ``when`` it happens, what the arguments of a recipe of ours become (``becomes``;
