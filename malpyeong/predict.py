@@ -55,7 +55,9 @@ def predict(
     """
     prompts = engine.prompts(records)
     chosen = [engine.decoding.constrained and bool(options(record)) for record in records]
-    longest = {kind: max(len(prompts[place]) for place, own in enumerate(chosen) if own == kind) for kind in set(chosen)}
+    longest = {
+        kind: max(len(prompts[place]) for place, own in enumerate(chosen) if own == kind) for kind in set(chosen)
+    }
     order = sorted(
         range(len(records)), key=lambda place: (-longest[chosen[place]], chosen[place], -len(prompts[place]))
     )

@@ -14,11 +14,9 @@ from malpyeong.errors import InputError
 from malpyeong.export import export
 from malpyeong.models.load import (
     check_vllm,
-    load_base,
     load_for_prediction,
     load_for_training,
     load_tokenizer,
-    stop_at_eos,
 )
 from malpyeong.prompts.context import Context, write_contexts
 from malpyeong.prompts.messages import build_messages, fit_contexts, prompt_ids, prompt_length
@@ -252,7 +250,7 @@ def test_the_models_own_tokenizer_json_is_read_where_transformers_has_another(tm
     assert (merged(text)["input_ids"], merged.eos_token) == (raw.encode(text).ids, "<|im_end|>")
 
 
-def test_generation_stops_at_the_stated_eos_and_at_the_models_own(tmp_path):
+def test_a_stated_eos_is_known_to_the_template(tmp_path):
     name = saved(
         load_tokenizer(str(TINY_BASE)), tmp_path / "wrong", eos_token="<|endoftext|>", pad_token="<|im_start|>"
     )
@@ -261,12 +259,6 @@ def test_generation_stops_at_the_stated_eos_and_at_the_models_own(tmp_path):
     assert "model.eos_token" in warning
     tokenizer = load_tokenizer(name, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     assert messages_of(tokenizer, "warning") == messages_of(tokenizer, "error") == []
-    model = load_base(str(TINY_BASE), torch.float32)
-    for named, expected in ((0, [2, 0]), (2, 2), ([5, 2], [2, 5]), (None, 2)):
-        model.generation_config.eos_token_id = named
-        stop_at_eos(model, tokenizer)
-        assert model.generation_config.eos_token_id == expected
-        assert model.generation_config.pad_token_id == 0
 
 
 def test_the_exported_model_stops_at_the_stated_eos(tmp_path):

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -26,15 +28,17 @@ from malpyeong.contest.answer import (
 from malpyeong.contest.options import options, verdicts
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.contest.repair import repair
+from malpyeong.decoding.constrain import MIN_CONSTRAINED_TOKENS, AnswerFormat, GrammarMask, token_ids
 from malpyeong.decoding.engines import (
-    MIN_CONSTRAINED_TOKENS,
+    BatchEngine,
     Decoding,
-    FormatGuard,
+    Request,
     TransformersEngine,
     VLLMEngine,
-    _Format,
     finish,
+    log_likelihood_of_end,
 )
+from malpyeong.decoding.likelihood import TreeScorer, can_score_trees, log_likelihoods
 from malpyeong.decoding.vote import choose
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile
@@ -42,6 +46,7 @@ from malpyeong.models.load import load_for_prediction, load_tokenizer, tokenizer
 from malpyeong.predict import fitted, main, predict
 from malpyeong.prompts.context import Context, write_contexts
 from malpyeong.prompts.messages import build_messages, prompt_ids, prompt_length
+from malpyeong.prompts.rule_choice import split_choice
 from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from tests.conftest import ROOT
@@ -209,30 +214,49 @@ def test_what_the_grammar_lets_through_is_well_formed_and_nothing_else_is(bpe):
     assert accepted > 1_000
 
 
+class ChanceEngine(BatchEngine):
+    """Chance in the place of a model, with a liking for what is awkward."""
+
+    def __init__(self, model, tokenizer, limit):
+        super().__init__(tokenizer, [], model.config.vocab_size, Decoding(True, max_new_tokens=limit))
+        self._width, self._chance = model.config.vocab_size, random.Random(limit)
+        self._fragments = [token_ids(tokenizer, text) for text in AWKWARD]
+
+    def score(self, prompts, candidates):
+        return [[self._chance.random() for _ in some] for some in candidates]
+
+    def generate(self, requests):
+        mask = GrammarMask(self._format, [request.grammar for request in requests], 0)
+        wanted = [[] for _ in requests]
+        ids = torch.empty(len(requests), 0, dtype=torch.long)
+        for _ in range(max(request.max_tokens for request in requests)):
+            scores = torch.randn(len(requests), self._width)
+            for row, fragment in enumerate(wanted):
+                if not fragment and self._chance.random() < 0.7:
+                    fragment += self._chance.choice(self._fragments)
+                if fragment:
+                    scores[row, fragment.pop(0)] += 20
+            ids = torch.cat([ids, mask(ids, scores).argmax(1, keepdim=True)], 1)
+        ended = [[*row, self.tokenizer.eos_token_id] for row in ids.tolist()]
+        return [row[: row.index(self.tokenizer.eos_token_id)] for row in ended]
+
+
 @pytest.mark.parametrize("name", ["tiny", "bpe"])
 @pytest.mark.parametrize("limit", [MIN_CONSTRAINED_TOKENS, 200])
 def test_whatever_the_logits_the_answer_is_well_formed(name, limit, request):
-    """Chance in the place of a model, with a liking for what is awkward; every answer ends within its limit."""
-    model, tokenizer = request.getfixturevalue(name)
-    formatted, chance = _Format(model, tokenizer), random.Random(limit)
+    """Every answer ends within its limit: sentences and reasons that go on and on are cut back and closed."""
+    engine = ChanceEngine(*request.getfixturevalue(name), limit)
     torch.manual_seed(limit)
-    fragments = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in AWKWARD]
     for verdict in ("", "", "", '"감."이 옳다.'):
-        rows = [formatted.row(verdict, limit) for _ in range(16)]
-        guard, wanted = FormatGuard(rows, 0), [[] for _ in rows]
-        ids = torch.empty(len(rows), 0, dtype=torch.long)
-        for _ in range(limit):
-            scores = torch.randn(len(rows), model.config.vocab_size)
-            for row, fragment in enumerate(wanted):
-                if not fragment and chance.random() < 0.7:
-                    fragment += chance.choice(fragments)
-                if fragment:
-                    scores[row, fragment.pop(0)] += 20
-            ids = torch.cat([ids, guard(ids, scores).argmax(1, keepdim=True)], 1)
-        for row in ids.tolist():
-            end = next((place for place, token in enumerate(row) if token in formatted.ends), len(row))
-            text = finish(verdict + tokenizer.decode(row[:end]))
-            assert format_problem(text) is None, (tokenizer.decode(row[:end]), text)
+        requests = [Request([], limit, engine._format.grammar(verdict))] * 16
+        closed = engine._closed(engine._format, requests, engine.generate(requests), [verdict] * 16)
+        assert max(map(len, closed)) <= limit
+        for text in engine.tokenizer.batch_decode(closed):
+            assert format_problem(finish(verdict + text)) is None, text
+    for record, [answer] in zip(QUESTIONS, engine.answers(QUESTIONS), strict=True):
+        assert format_problem(answer) is None, answer
+        if options(record):
+            assert set(parse_answer(answer).sentences) <= set(options(record))
 
 
 @pytest.mark.parametrize("name", ["tiny", "bpe"])
@@ -249,20 +273,176 @@ def test_constrained_answers_are_well_formed_whatever_the_model(name, request):
                 assert set(parse_answer(answer).sentences) <= set(options(record))
 
 
-def test_the_likelihood_is_the_models(tiny):
-    """One pass with a shared cache against one plain forward pass per candidate."""
-    model, _ = tiny
+@pytest.fixture(scope="module")
+def asked(tiny):
+    """Prompts of both question types, and the candidates of those that offer options."""
     engine = TransformersEngine(*tiny)
-    [prompt] = engine.prompts(QUESTIONS[:1])
-    candidates = verdicts(options(QUESTIONS[0]))
-    scores = engine.log_likelihoods(prompt, candidates)
-    for candidate, score in zip(candidates, scores, strict=True):
-        ids = tiny[1](candidate, add_special_tokens=False)["input_ids"]
+    mixed = [record for pair in zip(QUESTIONS[:4], QUESTIONS[4:], strict=True) for record in pair]
+    texts = [verdicts(options(record)) for record in mixed]
+    return engine.prompts(mixed), [[token_ids(tiny[1], text) for text in some] for some in texts]
+
+
+def test_the_likelihood_is_the_models(tiny, asked):
+    """One pass with a shared cache against one plain forward pass per candidate."""
+    model, (prompts, candidates) = tiny[0], asked
+    scores = log_likelihoods(model, prompts[0], candidates[0])
+    for ids, score in zip(candidates[0], scores, strict=True):
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
-        expected = sum(float(logits[len(prompt) - 1 + place, token]) for place, token in enumerate(ids))
-        assert score == pytest.approx(expected, abs=1e-3)
-    assert engine.likeliest(prompt, candidates) == candidates[scores.index(max(scores))]
+            logits = model(input_ids=torch.tensor([prompts[0] + ids])).logits[0].log_softmax(-1)
+        expected = sum(float(logits[len(prompts[0]) - 1 + place, token]) for place, token in enumerate(ids))
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_batch_is_scored_as_its_questions_are_one_by_one(tiny, asked):
+    """Candidates of a prompt that cannot be the likeliest may have a bound; alone each of them has its own score."""
+    model, (prompts, candidates) = tiny[0], asked
+    unlikely = [*candidates[0][0][:-1], *[1] * 40]  # the start of a turn, within a sentence
+    candidates = [[*candidates[0], unlikely], *candidates[1:]]
+    trees = TreeScorer(model, 0)
+    every = [(prompt, ids) for prompt, some in zip(prompts, candidates, strict=True) for ids in some]
+    alone = trees.score([prompt for prompt, _ in every], [[ids] for _, ids in every])
+    pairs = zip(prompts, candidates, strict=True)
+    plain = [log_likelihoods(model, prompt, some) if some else [] for prompt, some in pairs]
+    assert [score for [score] in alone] == pytest.approx([score for some in plain for score in some], abs=1e-4)
+    together = trees.score(prompts, candidates)
+    bounded = 0
+    for scores, expected in zip(together, plain, strict=True):
+        assert len(scores) == len(expected)
+        if not expected:
+            continue
+        assert scores.index(max(scores)) == expected.index(max(expected))
+        assert max(scores) == pytest.approx(max(expected), abs=1e-4)
+        for score, value in zip(scores, expected, strict=True):
+            assert score == pytest.approx(value, abs=1e-4) or value < score < max(scores)
+            bounded += score != pytest.approx(value, abs=1e-4)
+    assert 0 < bounded < len(every)
+
+
+def test_generation_goes_on_from_what_was_scored(tiny, asked):
+    """The prompt with the likeliest verdict behind it, twice, and a prompt without one: as if read anew."""
+    model, (prompts, candidates) = tiny[0], asked
+    trees = TreeScorer(model, 0)
+    scores = trees.score(prompts, candidates)
+    verdict = candidates[0][scores[0].index(max(scores[0]))]
+    sequences = [prompts[1], prompts[0] + verdict, prompts[0] + verdict, prompts[2]]
+    known, fresh = trees.begin(sequences), TreeScorer(model, 0).begin(sequences)
+    assert torch.equal(known.ids, fresh.ids)
+    with torch.inference_mode():
+        first, second = (
+            model(
+                input_ids=batch.ids[:, -1:],
+                attention_mask=batch.mask,
+                position_ids=batch.mask.sum(1, keepdim=True) - 1,
+                past_key_values=batch.cache,
+            ).logits
+            for batch in (known, fresh)
+        )
+    assert torch.allclose(first, second, atol=1e-4)
+    assert not torch.allclose(first[0], first[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["window", "scaled"])
+def test_other_architectures_are_scored_question_by_question(kind, bpe):
+    """Layers that see a window of tokens only, and logits that are not what the output layer gives."""
+    from transformers import AutoModelForCausalLM, GraniteConfig, Qwen3Config
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"vocab_size": 1_536, "num_key_value_heads": 1, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
+    config = Qwen3Config(**shape, **window) if kind == "window" else GraniteConfig(**shape, logits_scaling=8.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not can_score_trees(model, token_ids(bpe[1], '"나무가 크다."가 옳다.'))
+    assert can_score_trees(*[bpe[0], token_ids(bpe[1], '"나무가 크다."가 옳다.')])
+    engine = TransformersEngine(model, bpe[1], Decoding(True, max_new_tokens=MIN_CONSTRAINED_TOKENS))
+    for [answer] in engine.answers(QUESTIONS[3:5]):
+        assert format_problem(answer) is None, answer
+
+
+class PlainEngine(BatchEngine):
+    """The definition: one sequence at a time, the whole of it again for every token; grammars with default limits.
+
+    As the vLLM engine it shares with the transformers engine what an answer is made of, and nothing else.
+    """
+
+    def __init__(self, model, tokenizer, decoding, contexts=None):
+        ends = model.generation_config.eos_token_id
+        super().__init__(tokenizer, ends if isinstance(ends, list) else [ends], 0, decoding, contexts)
+        self._model = model
+
+    def _logs(self, ids):
+        with torch.no_grad():
+            return self._model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    def score(self, prompts, candidates):
+        found = []
+        for prompt, some in zip(prompts, candidates, strict=True):
+            logs = [self._logs(prompt + ids)[len(prompt) - 1 : -1] for ids in some]
+            found.append(
+                [float(one.gather(1, torch.tensor([ids]).T).sum()) for one, ids in zip(logs, some, strict=True)]
+            )
+        return found
+
+    def generate(self, requests):
+        return [self._generate(request) for request in requests]
+
+    def _generate(self, request):
+        import llguidance
+        import llguidance.hf
+
+        tokens = llguidance.hf.from_tokenizer(self.tokenizer, n_vocab=self._model.config.vocab_size)
+        state, ids = llguidance.LLMatcher(tokens, request.grammar), []
+        while len(ids) < request.max_tokens:
+            scores = self._logs(request.prompt + ids)[-1]
+            allowed = np.unpackbits(np.frombuffer(state.compute_bitmask(), np.uint8), bitorder="little")
+            scores[torch.from_numpy(allowed[: len(scores)]) == 0] = -torch.inf
+            token = int(scores.argmax())
+            if token in self._ends:
+                break
+            assert state.consume_token(token)
+            ids.append(token)
+        return ids
+
+
+@pytest.mark.parametrize("name", ["tiny", "bpe"])
+def test_engines_give_the_same_answers(name, request):
+    """Rules are named, verdicts chosen, runaway sentences and reasons closed: all as by the definition, no tie here."""
+    loaded = request.getfixturevalue(name)
+    rules = tuple(load_rule_book(DATA / "rules.json")[:2])
+    contexts = {record.id: Context(rules=rules, choose=True) for record in QUESTIONS[3:5]}
+    decoding = Decoding(True, max_new_tokens=MIN_CONSTRAINED_TOKENS)
+    expected = PlainEngine(*loaded, decoding, contexts).answers(QUESTIONS)
+    assert TransformersEngine(*loaded, decoding, contexts).answers(QUESTIONS) == expected
+    for record, [answer] in zip(QUESTIONS, expected, strict=True):
+        named, answer = split_choice(answer)
+        assert (named is not None) == (record.id in contexts)
+        assert format_problem(answer) is None, answer
+
+
+def test_every_end_token_may_end_an_answer(tiny):
+    """As a grammar says it, since that is all that vLLM takes."""
+    import llguidance
+    import llguidance.hf
+
+    tokenizer = tiny[1]
+    assert tokenizer.eos_token_id == 2
+    both = AnswerFormat(tokenizer, [0, 2])
+    direct = llguidance.LLMatcher(llguidance.hf.from_tokenizer(tokenizer, eos_token=[0, 2]), answer_grammar())
+    state = both.matcher(both.grammar())
+    for token in token_ids(tokenizer, GOLD[0].answer):
+        assert state.compute_bitmask() == direct.compute_bitmask()
+        assert state.consume_token(token)
+        assert direct.consume_token(token)
+    assert state.compute_bitmask() == direct.compute_bitmask()
+    assert AnswerFormat(tokenizer, [2]).grammar() == answer_grammar()
+    verdict = '"감."이 옳다.'
+    assert AnswerFormat(tokenizer, [2]).grammar(verdict) == reason_grammar(verdict)
+
+
+def test_what_vllm_reports_of_a_prompt_is_summed_over_the_candidate():
+    """Its form, from its documentation: for every prompt token but the first the log-probability by token id."""
+    reported = [None, *({token: SimpleNamespace(logprob=-token / 10)} for token in (3, 4, 5))]
+    assert log_likelihood_of_end(reported, [9, 3, 4, 5], 2) == pytest.approx(-0.9)
 
 
 def test_samples_depend_on_the_record_and_not_on_the_batch(tiny):

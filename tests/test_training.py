@@ -22,7 +22,7 @@ from malpyeong.contest.records import Record, load_records
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.export import export
-from malpyeong.models.load import load_base, load_for_prediction, load_for_training, load_tokenizer
+from malpyeong.models.load import load_base, load_for_prediction, load_for_training, load_tokenizer, put_adapter
 from malpyeong.predict import predict
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
@@ -425,11 +425,24 @@ def test_the_merged_model_is_the_adapter_model(dequantised, grpo_run, tmp_path):
     model, tokenizer = load_for_prediction(str(tmp_path / "병합"))
     assert tokenizer.model_max_length == 768  # as in the recipe; the base's own is another
     assert load_tokenizer(str(TINY_BASE)).model_max_length != 768
-    original, _ = load_for_prediction(str(TINY_BASE), str(grpo_run / "adapter"))
+    original = put_adapter(load_base(str(TINY_BASE), torch.float32), grpo_run / "adapter").eval()
     if not dequantised:
         merged, adapted = (TransformersEngine(it, tokenizer, Decoding(max_new_tokens=160)) for it in (model, original))
         assert dict(predict(merged, questions)) == dict(predict(adapted, questions))
     assert tokenizer.chat_template == load_tokenizer(str(TINY_BASE)).chat_template
+
+
+def test_an_adapter_is_merged_for_prediction_but_not_into_4_bit_weights(sft_run):
+    """In memory, with the same answers; constrained as well, where the options' likelihood decides."""
+    adapter, questions = sft_run / "adapter", load_records(DATA / "test_questions.json")[:12]
+    merged, tokenizer = load_for_prediction(str(TINY_BASE), str(adapter), "float32")
+    adapted = put_adapter(load_base(str(TINY_BASE), torch.float32), adapter).eval()
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    for decoding in (Decoding(max_new_tokens=160), Decoding(True, max_new_tokens=160)):
+        engines = [TransformersEngine(model, tokenizer, decoding) for model in (merged, adapted)]
+        assert dict(predict(engines[0], questions)) == dict(predict(engines[1], questions))
+    quantised, _ = load_for_prediction(str(TINY_BASE), str(adapter), "float32", load_in_4bit=True)
+    assert any("lora" in name for name, _ in quantised.named_parameters())
 
 
 def test_a_merge_that_differs_is_not_written(grpo_run, tmp_path, monkeypatch):

@@ -311,7 +311,7 @@ class VLLMEngine(BatchEngine):
         parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         outputs = iter(self._run(texts, [parameters] * len(texts)))
         return [
-            [_log_likelihood(next(outputs).prompt_logprobs, prompt + ids, len(ids)) for ids in some]
+            [log_likelihood_of_end(next(outputs).prompt_logprobs, prompt + ids, len(ids)) for ids in some]
             for prompt, some in zip(prompts, candidates, strict=True)
         ]
 
@@ -346,7 +346,7 @@ class VLLMEngine(BatchEngine):
         )
 
 
-def _log_likelihood(logprobs: Sequence[Mapping[int, Any] | None], ids: Sequence[int], count: int) -> float:
+def log_likelihood_of_end(logprobs: Sequence[Mapping[int, Any] | None], ids: Sequence[int], count: int) -> float:
     """Return the sum over the last ``count`` tokens of what vLLM reports of a prompt's tokens."""
     pairs = list(zip(logprobs, ids, strict=True))[-count:]
     return sum(float(its[token].logprob) for its, token in pairs if its)

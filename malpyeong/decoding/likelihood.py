@@ -1,8 +1,8 @@
 """Log-likelihoods of what may follow each prompt of a batch, without reading or holding a prompt twice.
 
-The prompts go through the model together, padded on the left. What may follow a prompt is a tree, since candidates begin
-alike. All trees go through the model in one more pass, in which a token sees its prompt and its own branch (tree
-attention, as in SpecInfer, Miao et al. 2023, https://arxiv.org/abs/2305.09781). The keys and values of every candidate
+The prompts go through the model together, padded on the left. What may follow a prompt is a tree, since candidates
+begin alike. All trees go through the model in one more pass, in which a token sees its prompt and its own branch (tree
+attention, as in SpecInfer, Miao et al. 2023, https://arxiv.org/abs/2305.09781). The keys and values of the candidates
 are then there, and :meth:`TreeScorer.begin` lets generation go on from them.
 """
 
@@ -138,7 +138,7 @@ class TreeScorer:
         return found
 
     def _read(self, batch: Batch, trees: Sequence[_Tree], starts: Sequence[int]) -> None:
-        """Read the nodes from ``starts`` on, into the batch's cache; note what the model says of the tokens after them."""
+        """Read the nodes from ``starts`` on into the batch's cache, and note what the model says of the next tokens."""
         rows, before = len(trees), batch.ids.shape[1] - 1
         done = batch.cache.get_seq_length() - before  # of trees, padding included
         nodes = max(len(tree.tokens) - start for tree, start in zip(trees, starts, strict=True))

@@ -269,7 +269,7 @@ def set_generation_config(model: Any, tokenizer: "PreTrainedTokenizerBase") -> N
     from transformers import GenerationConfig
 
     stops = _with_eos(tokenizer, model.generation_config.eos_token_id)
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stops if len(stops) > 1 else stops[0],
