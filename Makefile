@@ -15,7 +15,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu clean
+.PHONY: help setup demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -67,8 +67,12 @@ samples: $(STAMP) ## rebuild malpyeong/samples/data from the item bank
 tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
 	$(RUN) tools/tiny_base.py -o "$(RUNS)/tiny_base"
 
-bench-gpu: $(STAMP) ## GRPO on this GPU: Unsloth against plain TRL, memory limits (hours; goes on where it stopped)
-	$(RUN) -m benchmarks.gpu all
+gpu-check: $(STAMP) ## does all of it run on this GPU? times, tokens/s, peaks (random weights, offline, minutes)
+	$(RUN) -m benchmarks.gpu_check --work "$(RUNS)/gpu-check"
+
+bench-gpu: $(STAMP) ## ways of sampling and memory limits on this GPU (an hour; goes on where it stopped)
+	$(RUN) -m benchmarks.gpu_check --speed --work "$(RUNS)/gpu-check"
+	$(RUN) -m benchmarks.gpu_check --limits --work "$(RUNS)/gpu-check"
 
 bench-rewards: $(STAMP) ## scoring GRPO batches: pair by pair against ours
 	$(RUN) -m benchmarks.rewards

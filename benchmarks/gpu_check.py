@@ -76,7 +76,7 @@ class Step:
     output: Path
     figures: Callable[["Step", str], dict[str, Any]]
     model: str
-    limit: float = 240
+    limit: float = 300
     absent: str = ""
     resumes: bool = False
     kill: bool = False

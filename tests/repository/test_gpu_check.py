@@ -25,6 +25,7 @@ def rows(work):
     return {row["step"]: row for row in map(json.loads, (work / "results.jsonl").read_text("utf-8").splitlines())}
 
 
+@pytest.mark.slow
 def test_every_step_runs_and_the_figures_are_those_of_the_logs(work, run_module):
     result = run_module("-m", "benchmarks.gpu_check", "--tiny", "--work", work)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -43,6 +44,7 @@ def test_every_step_runs_and_the_figures_are_those_of_the_logs(work, run_module)
         assert f"| {name} |" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_named(work, run_module):
     shutil.move(work / "merged", work / "moved")
     result = run_module("-m", "benchmarks.gpu_check", "--tiny", "--work", work, "--only", "predict, transformers")
