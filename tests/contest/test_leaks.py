@@ -116,9 +116,9 @@ def test_a_test_file_that_comes_later_does_not_stop_a_run_from_being_resumed(fol
     from malpyeong.training.run import check_run, start_run
 
     recipe = load_recipe("recipes/tiny/sft.yaml", files(folder, "train", "dev"), SFTRecipe)
-    start_run(folder / "run", recipe, [])
+    start_run(folder / "run", recipe, {})
     later = load_recipe("recipes/tiny/sft.yaml", files(folder, "train", "dev", "test"), SFTRecipe)
-    assert check_run(folder / "run", later, [], resume=True) is None
+    assert check_run(folder / "run", later, {}, resume=True) is None
     dropping = later.model_copy(update={"data": later.data.model_copy(update={"drop_leaks": True})})
     with pytest.raises(InputError, match=r"data\.drop_leaks"):
-        check_run(folder / "run", dropping, [], resume=True)
+        check_run(folder / "run", dropping, {}, resume=True)
