@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from malpyeong.errors import InputError
-from malpyeong.models.environment import version_problems
+from malpyeong.models.environment import keep_compiled_code, version_problems
 from malpyeong.models.memory import Backend
 
 if TYPE_CHECKING:
@@ -324,6 +324,7 @@ def base_of_adapter(adapter: str | Path) -> str:
 def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, use_vllm: bool) -> tuple[Any, Any]:
     from unsloth import FastLanguageModel
 
+    keep_compiled_code()
     checkpointing: Any = "unsloth" if gradient_checkpointing else False
     with_vllm = {"max_lora_rank": model.lora.r, "gpu_memory_utilization": VLLM_SHARE} if use_vllm else {}
     loaded, _ = FastLanguageModel.from_pretrained(
