@@ -1,18 +1,18 @@
 # malpyeong: `make help` lists what there is. Everything runs in .venv, made on the first call.
 PYTHON ?= python3
 VENV   ?= .venv
-# torch is installed first and pinned: unpinned, other packages pull in several GB of another build.
-TORCH  ?= torch==2.13.0
 DATA   ?= data
 RUNS   ?= runs
 MODELS := tiny $(notdir $(basename $(wildcard recipes/models/*.yaml)))
 EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo '[gpu]')
+# The versions that were tested together; without them, other packages pull in several GB of another torch.
+LOCK   ?= $(if $(EXTRAS),constraints/gpu.txt,requirements.lock)
 
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu clean
+.PHONY: help setup setup-vllm lock demo test lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -32,9 +32,18 @@ setup: $(STAMP) ## make .venv and install everything (once)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv "$(VENV)"
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet "$(TORCH)"
-	$(RUN) -m pip install --quiet --editable ".$(EXTRAS)" --group dev
+	$(RUN) -m pip install --quiet --constraint "$(LOCK)" --editable ".$(EXTRAS)" --group dev
 	@touch "$(STAMP)"
+
+setup-vllm: $(STAMP) ## add vLLM, for a GPU from the Ampere generation on
+	$(RUN) -m pip install --quiet --constraint constraints/gpu-vllm.txt --editable ".[gpu,vllm]"
+
+# What pip would install beside the pins of pyproject.toml and these: torchvision, triton and vLLM go with one torch.
+RESOLVE = $(RUN) -m pip install --quiet --dry-run --ignore-installed --use-feature=fast-deps --report - --group dev --editable
+lock: $(STAMP) ## write requirements.lock and constraints/ again (downloads no large packages)
+	$(RESOLVE) . torch==2.13.0 | $(RUN) tools/constraints.py lock requirements.lock
+	$(RESOLVE) ".[gpu]" torch==2.11.0 | $(RUN) tools/constraints.py lock constraints/gpu.txt
+	$(RESOLVE) ".[gpu,vllm]" torch==2.11.0 xgrammar==0.2.1 | $(RUN) tools/constraints.py lock constraints/gpu-vllm.txt
 
 demo: $(STAMP) ## base → SFT → GRPO → merge → submission with the tiny model (10 minutes on two cores)
 	$(RUN) recipes/demo.py -o "$(RUNS)/demo"
