@@ -1,18 +1,22 @@
 # malpyeong: `make help` lists what there is. Everything runs in .venv, made on the first call.
-PYTHON ?= python3
+# The newest Python here that everything has wheels for.
+PYTHON ?= $(or $(shell for python in python3.13 python3.12 python3.11 python3.14 python3; do \
+  $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && \
+  echo $$python && break; done),$(error Python 3.11, 3.12, 3.13 or 3.14 is needed, with venv, and none is here: install one, or name it, as in make setup PYTHON=/usr/bin/python3.12))
 VENV   ?= .venv
 DATA   ?= data
 RUNS   ?= runs
 MODELS := tiny $(notdir $(basename $(wildcard recipes/models/*.yaml)))
-EXTRAS := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo '[gpu]')
+GPU_EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo ',gpu')
+EXTRAS := [rules,retrieval$(GPU_EXTRA)]
 # The versions that were tested together; without them, other packages pull in several GB of another torch.
-LOCK   ?= $(if $(EXTRAS),constraints/gpu.txt,requirements.lock)
+LOCK   ?= $(if $(GPU_EXTRA),constraints/gpu.txt,requirements.lock)
 
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm lock demo test lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu clean
+.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -41,27 +45,34 @@ setup-vllm: $(STAMP) ## add vLLM, for a GPU from the Ampere generation on
 # What pip would install beside the pins of pyproject.toml and these: torchvision, triton and vLLM go with one torch.
 RESOLVE = $(RUN) -m pip install --quiet --dry-run --ignore-installed --use-feature=fast-deps --report - --group dev --editable
 lock: $(STAMP) ## write requirements.lock and constraints/ again (downloads no large packages)
-	$(RESOLVE) . torch==2.13.0 | $(RUN) tools/constraints.py lock requirements.lock
-	$(RESOLVE) ".[gpu]" torch==2.11.0 | $(RUN) tools/constraints.py lock constraints/gpu.txt
-	$(RESOLVE) ".[gpu,vllm]" torch==2.11.0 xgrammar==0.2.1 | $(RUN) tools/constraints.py lock constraints/gpu-vllm.txt
+	$(RESOLVE) ".[rules,retrieval]" torch==2.13.0 | $(RUN) tools/constraints.py lock requirements.lock
+	$(RESOLVE) ".[rules,retrieval,gpu]" torch==2.11.0 | $(RUN) tools/constraints.py lock constraints/gpu.txt
+	$(RESOLVE) ".[rules,retrieval,gpu,vllm]" torch==2.11.0 xgrammar==0.2.1 | $(RUN) tools/constraints.py lock constraints/gpu-vllm.txt
 
 demo: $(STAMP) ## base → SFT → GRPO → merge → submission with the tiny model (10 minutes on two cores)
 	$(RUN) recipes/demo.py -o "$(RUNS)/demo"
 
-test: $(STAMP) ## run the tests
-	$(RUN) -m pytest
+# Two processes of one thread each: what is tested is small.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 
-lint: $(STAMP) ## ruff and mypy
+test: $(STAMP) ## run the tests (4 minutes on two cores)
+	$(PYTEST) -m "not slow"
+
+test-all: test ## after them the slow ones: whole runs, the notebook, browser pages, fuzzing
+	$(PYTEST) -m slow
+
+lint: $(STAMP) ## ruff, mypy and the order of the rooms
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	"$(VENV)/bin/lint-imports"
 
 format: $(STAMP) ## let ruff format the code
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 samples: $(STAMP) ## rebuild malpyeong/samples/data from the item bank
-	$(RUN) -m malpyeong.samples.build
+	$(RUN) -m tools.samples.build
 
 tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
 	$(RUN) tools/tiny_base.py -o "$(RUNS)/tiny_base"
@@ -81,10 +92,19 @@ bench-decoding: $(STAMP) ## free, constrained and voted answers of the tiny mode
 bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; goes on where it stopped)
 	$(RUN) -m benchmarks.contexts -o "$(RUNS)/contexts"
 
-# The contest's files are DATA/train.json, DATA/dev.json and DATA/test.json. Each recipes/models/NAME.yaml is a model, and
-# tiny the sample model on a CPU: make sft-NAME, grpo-NAME … GPU=t4|24gb|40gb|80gb states the card, MODEL= another hub id or
-# a folder with weights, ARGS= whatever else the stage's command takes. NAME-choice is the model NAME that names a rule
-# before it answers (docs/choice.md); which one is right is known from make mine-NAME.
+# The contest's files are DATA/train.json, dev.json and test.json, or as they come (korean_language_rag_V1.0_train.json …),
+# .jsonl too; the first that is there.  $(call found,SPLIT)
+found = $(shell for name in $(1) korean_language_rag_V1.0_$(1); do for end in json jsonl; do \
+  file="$(DATA)/$$name.$$end"; if test -e "$$file"; then echo "$$file"; exit; fi; done; done)
+TRAIN = $(or $(call found,train),$(DATA)/train.json)
+DEV   = $(or $(call found,dev),$(DATA)/dev.json)
+TEST  = $(or $(call found,test),$(DATA)/test.json)
+FILES = data.train="$(TRAIN)" data.dev="$(DEV)" $(if $(call found,test),data.test="$(TEST)")
+
+# Each recipes/models/NAME.yaml is a model, and tiny the sample model on a CPU: make sft-NAME, grpo-NAME …
+# GPU=t4|24gb|40gb|80gb states the card, MODEL= another hub id or a folder with weights, ARGS= whatever else the stage's
+# command takes. NAME-choice is the model NAME that names a rule before it answers (docs/choice.md); which one is right is
+# known from make mine-NAME.
 NAME   = $(patsubst %-choice,%,$*)
 CHOICE = $(filter %-choice,$*)
 # The recipe of a stage for NAME.  $(call recipe,STAGE)
@@ -93,27 +113,27 @@ CARD   = $(if $(GPU),gpu=$(GPU)) $(if $(MODEL),"model.name=$(MODEL)") $(ARGS)
 
 # Solved examples, and rules where DATA/rules.json is there (python -m malpyeong.retrieval and malpyeong.rules): the same
 # for every model and stage, so made once, and again when a file in DATA is newer.  $(call search,QUESTIONS,OUTPUT)
-search = @set -- $(1) --examples "$(DATA)/train.json"; \
+search = @set -- $(1) --examples "$(TRAIN)"; \
   test ! -e "$(DATA)/rules.json" || set -- "$$@" --rules "$(DATA)/rules.json"; \
-  test -e "$(2)" && test -z "$$(find $(1) "$(DATA)/train.json" "$(DATA)/rules.json" -newer "$(2)" 2>/dev/null)" || \
+  test -e "$(2)" && test -z "$$(find $(1) "$(TRAIN)" "$(DATA)/rules.json" -newer "$(2)" 2>/dev/null)" || \
   $(RUN) -m malpyeong.retrieval search "$$@" -o "$(2)"
-CONTEXT = $(call search,"$(DATA)/train.json" "$(DATA)/dev.json",$(RUNS)/context.jsonl)
+CONTEXT = $(call search,"$(TRAIN)" "$(DEV)",$(RUNS)/context.jsonl)
 # What stands in the prompts.
 PROMPTS = data.context="$(RUNS)/context.jsonl" $(if $(CHOICE),data.mode=choose_rule \
   data.labels="$(RUNS)/$(NAME)-mined/contexts.jsonl",data.mode=context)
 # What GRPO and a look at it beforehand are given.
-GRPO    = data.train="$(DATA)/train.json" $(PROMPTS) $(if $(CHOICE),data.rewards.choice=0.5) \
+GRPO    = $(FILES) $(PROMPTS) $(if $(CHOICE),data.rewards.choice=0.5) \
   model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD)
 
 mine-%: $(STAMP)
 	$(CONTEXT)
-	$(RUN) recipes/mine.py $(call recipe,mine) 'data.questions=["$(DATA)/train.json", "$(DATA)/dev.json"]' \
+	$(RUN) recipes/mine.py $(call recipe,mine) 'data.questions=["$(TRAIN)", "$(DEV)"]' \
 	  data.rules="$(DATA)/rules.json" data.context="$(RUNS)/context.jsonl" mining.output="$(RUNS)/$*-mined" \
 	  $(if $(MODEL),"model.name=$(MODEL)") $(ARGS) --resume auto
 
 sft-%: $(STAMP)
 	$(CONTEXT)
-	$(RUN) recipes/sft.py $(call recipe,sft) data.train="$(DATA)/train.json" data.dev="$(DATA)/dev.json" \
+	$(RUN) recipes/sft.py $(call recipe,sft) $(FILES) \
 	  $(PROMPTS) training.output="$(RUNS)/$*-sft" $(CARD) --resume auto
 
 grpo-%: $(STAMP)
@@ -132,10 +152,10 @@ export-%: $(STAMP)
 	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged" $(ARGS)
 
 submit-%: $(STAMP)
-	$(call search,"$(DATA)/test.json",$(RUNS)/context-test.jsonl)
-	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(DATA)/test.json" -o "$(RUNS)/$*-test.json" \
+	$(call search,"$(TEST)",$(RUNS)/context-test.jsonl)
+	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(TEST)" -o "$(RUNS)/$*-test.json" \
 	  --context "$(RUNS)/context-test.jsonl" $(if $(CHOICE),--choose) $(ARGS)
-	$(RUN) -m malpyeong.submit "$(DATA)/test.json" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
+	$(RUN) -m malpyeong.submit "$(TEST)" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
 
 clean: ## remove the virtual environment and caches (runs/ stays)
 	rm -rf "$(VENV)" .pytest_cache .mypy_cache .ruff_cache .hypothesis

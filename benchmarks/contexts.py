@@ -29,13 +29,14 @@ from typing import Any
 import click
 
 from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.evaluate import evaluate
 from malpyeong.files import write_text
 from malpyeong.metrics.aggregate import summarise
 from malpyeong.prompts.context import Context, load_contexts, write_contexts
 from malpyeong.prompts.rule_choice import Labels, load_labels
-from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.terminal import Command
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LABELS, RULES = DATA / "labels.json", DATA / "rules.json"
@@ -195,7 +196,7 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/contexts"), show_default=True)
 def main(seeds: Sequence[int], output: Path) -> None:

@@ -22,7 +22,7 @@ import click
 import torch
 
 from malpyeong.contest.answer import parse_answer
-from malpyeong.contest.options import options
+from malpyeong.contest.question import options
 from malpyeong.contest.records import Record, load_records
 from malpyeong.contest.repair import repair
 from malpyeong.decoding.engines import Decoding, TransformersEngine
@@ -32,6 +32,7 @@ from malpyeong.metrics.aggregate import score_records, summarise
 from malpyeong.models.load import load_for_prediction
 from malpyeong.predict import model_digest, predict
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.terminal import Command
 
 COLUMNS = {
     "exact_match": "EM",
@@ -129,7 +130,7 @@ def table(runs: Sequence[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("adapters", nargs=-1)
 @click.option("--model", default=str(TINY_BASE), show_default="the sample base")
 @click.option("--questions", type=click.Path(path_type=Path), default=DATA / "test.json", help="With gold answers.")

@@ -20,10 +20,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.models.load import load_for_prediction
 from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
-from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.terminal import Command
 from malpyeong.training.mining import make_plan, mine
 from malpyeong.training.perplexity import Row, perplexities, shared_prefix
 
@@ -68,7 +69,7 @@ def ranks(ppl: Sequence[Sequence[float]], labels: Sequence[int]) -> list[int]:
     return [1 + sum(value < row[label] for value in row) for row, label in zip(ppl, labels, strict=True)]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--model", default=str(TINY_BASE))
 @click.option("--adapter")
 @click.option("--questions", default=30, show_default=True, help="How many, evenly spread over the dev split.")

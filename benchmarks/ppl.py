@@ -37,10 +37,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.models.load import load_for_prediction, load_tokenizer
 from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
-from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.terminal import Command
 from malpyeong.training.mining import NO_RULE, make_plan
 from malpyeong.training.perplexity import perplexities, shared_prefix
 
@@ -133,7 +134,7 @@ def measure(
     return loop_seconds / by_loop, mine_seconds / (len(records) * (len(rules) + 1)), difference
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--questions", default=40, show_default=True)
 @click.option("--rules", default=40, show_default=True)
 @click.option("--sample", default=40, show_default=True, help="Questions of each rule that the loop scores (tiny).")

@@ -41,6 +41,7 @@ from benchmarks.random_scorers import make_bleurt, make_encoder
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import load_records
 from malpyeong.samples import DATA
+from malpyeong.terminal import Command
 
 Pair = tuple[str, str]
 Scorer = Callable[[list[str], list[str]], list[float]]
@@ -177,7 +178,7 @@ def peak_memory(what: str, folder: Path, pairs: Sequence[Pair]) -> float:
     return float(result.stdout.split()[-1])
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--steps", default=20, show_default=True)
 @click.option("--prompts", default=64, show_default=True, help="Prompts of a step.")
 @click.option("--generations", default=8, show_default=True, help="Answers to a prompt.")

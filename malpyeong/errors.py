@@ -1,5 +1,7 @@
 """The one error that a user's mistake ends in."""
 
+from importlib.util import find_spec
+
 import click
 
 
@@ -21,3 +23,13 @@ def printable(text: str, limit: int = 300) -> str:
     text = " ".join(text[: 10 * limit].split())
     shown = "".join(character if character.isprintable() else "�" for character in text[:limit])
     return shown + ("…" if len(text) > limit else "")
+
+
+def needs(package: str, extra: str) -> None:
+    """Make sure, before it is imported, that a package is there which only some commands need.
+
+    Raises:
+        InputError: it is not installed; names the extra that brings it.
+    """
+    if find_spec(package) is None:
+        raise InputError(f"{package} is not installed; run pip install -e '.[{extra}]' in the repository")

@@ -1,9 +1,8 @@
 """Score a prediction file against a gold file: ``python -m malpyeong.evaluate GOLD PRED``."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE
@@ -11,14 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from malpyeong.contest.records import Record, check_same_questions, load_records
-from malpyeong.errors import InputError, printable
-from malpyeong.metrics.aggregate import AVERAGES, METRICS, RecordScore, compare, confidence, score_records, summarise
+from malpyeong.contest.records import QUESTION_TYPES, load_records
+from malpyeong.errors import printable
+from malpyeong.metrics.aggregate import AVERAGES, RecordScore, compare, confidence, score_records, summarise
+from malpyeong.metrics.ceiling import ceiling
+from malpyeong.metrics.inputs import load_answers, load_categories, scoring_options
+from malpyeong.metrics.scorers import load_scorers
+from malpyeong.terminal import Command, json_text
 
 if TYPE_CHECKING:
     from malpyeong.metrics.pairs import PairScorer
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 _COLUMNS = {
     "exact_match": "EM",
@@ -47,97 +48,40 @@ def evaluate(
     return score_records(*load_answers(gold, prediction), metrics, scorers)
 
 
-def load_answers(gold: Path, prediction: Path) -> tuple[list[Record], list[str]]:
-    """Load gold records and the answers predicted for them.
-
-    Raises:
-        InputError: a file is defective or the ids or their order differ.
-    """
-    golds = load_records(gold, answers="gold")
-    predictions = load_records(prediction, answers="prediction")
-    check_same_questions(golds, predictions, gold, prediction)
-    return golds, [record.answer or "" for record in predictions]
-
-
-def load_scorers(
-    metrics: Sequence[str], bertscore: str | None, bleurt: str | None, device: str
-) -> tuple[dict[str, "PairScorer"], dict[str, str]]:
-    """Load the models of BERTScore and BLEURT where those are asked for.
-
-    Returns:
-        (scorers, missing): the loaded ones, and for each that is not on this machine what to do about it.
-    """
-    from malpyeong.metrics.bertscore import BERTSCORE_MODEL, BERTScore
-    from malpyeong.metrics.bleurt import BLEURT, BLEURT_MODEL
-    from malpyeong.metrics.pairs import MissingModelError
-
-    found: dict[str, PairScorer] = {}
-    missing = {}
-    for metric, kind, model in (
-        ("bertscore", BERTScore, bertscore or BERTSCORE_MODEL),
-        ("bleurt", BLEURT, bleurt or BLEURT_MODEL),
-    ):
-        if metric in metrics:
-            try:
-                found[metric] = kind(model, device=device)
-            except MissingModelError as error:
-                missing[metric] = error.message
-    return found, missing
+def _print_ceiling(context: click.Context, _: click.Parameter, gold: Path | None) -> None:
+    if gold is None:
+        return
+    reached = ceiling(load_records(gold, answers="gold"))
+    table = Table(title="ceiling of constrained decoding (0–1)", box=SIMPLE, show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("n", "sentence", "with particle", "kept by repair"):
+        table.add_column(name, justify="right")
+    parts = {"all": reached}
+    parts |= {kind: [one for one in reached if one.record.question_type == kind] for kind in QUESTION_TYPES}
+    parts["선택형, well formed, literal"] = [one for one in reached if one.literal]
+    for title, part in parts.items():
+        sums = (sum(one.sentence for one in part), sum(one.verdict for one in part), sum(one.kept for one in part))
+        table.add_row(title, str(len(part)), *(f"{count / len(part):.3f}" if part else "–" for count in sums))
+    Console().print(table)
+    missed = [one.record for one in reached if not one.kept]
+    for record in missed[:20]:
+        click.echo(f'{gold}: id "{printable(record.id)}": out of reach: {printable(record.answer or "", 60)}')
+    if len(missed) > 20:
+        click.echo(f"… and {len(missed) - 20} more")
+    context.exit()
 
 
-def load_categories(path: Path) -> dict[str, str]:
-    """Read a JSON object of record id → category, or → an object with a ``category``.
-
-    Raises:
-        InputError: it cannot be read or is of another form.
-    """
-    try:
-        values = json.loads(path.read_text("utf-8"))
-        return {str(id_): str(value["category"] if isinstance(value, dict) else value) for id_, value in values.items()}
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise InputError(f'{path}: is not a JSON object like {{"1": "띄어쓰기", "2": "문장 부호"}}') from None
-
-
-def parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
-    """Read the option ``--metrics``, for click.
-
-    Raises:
-        click.BadParameter: an unknown metric, or none.
-    """
-    metrics = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
-    for name in metrics or ("",):
-        if name not in METRICS:
-            raise click.BadParameter(f'"{name}" is not one of {", ".join(METRICS)}')
-    return metrics
-
-
-def scoring_options(command: Command) -> Command:
-    """Add to a click command what every scoring of a prediction file takes: the two files, metrics and their models."""
-    for add in (
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-        click.option("--bleurt-model", help="Hub id or folder; the contest's BLEURT-20 if not given."),
-        click.option(
-            "--bertscore-model", help="Hub id or folder; the contest's bert-base-multilingual-cased if not given."
-        ),
-        click.option(
-            "--labels", type=click.Path(path_type=Path), help="JSON of record id → norm category, to average by."
-        ),
-        click.option(
-            "--metrics",
-            default=",".join(METRICS),
-            show_default=True,
-            callback=parse_metrics,
-            help="Comma-separated; any of these.",
-        ),
-        click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path)),
-        click.argument("gold", type=click.Path(path_type=Path)),
-    ):
-        command = add(command)
-    return command
-
-
-@click.command()
+@click.command(cls=Command)
 @scoring_options
+@click.option(
+    "--ceiling",
+    type=click.Path(path_type=Path),
+    metavar="GOLD",
+    is_eager=True,
+    expose_value=False,
+    callback=_print_ceiling,
+    help="Only show how many of GOLD's answers constrained decoding could write and repair would keep.",
+)
 @click.option("--against", type=click.Path(path_type=Path), help="Another prediction file to compare PRED with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--worst", default=5, show_default=True, help="How many of the worst records to show.")
@@ -173,7 +117,7 @@ def main(
     if against:
         summary["comparison"] = compare(scores, score_records(golds, others, metrics, scorers), metrics)
     if as_json:
-        click.echo(json.dumps(summary, ensure_ascii=False, indent=2))
+        click.echo(json_text(summary))
         return
     console = Console()
     console.print(_summary_table(summary))

@@ -18,6 +18,7 @@ from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
 from malpyeong.samples import DATA
+from malpyeong.terminal import Command
 
 # What counts as the same model. In float32 only the order of sums differs. A merge in 16 bits rounds every weight
 # once more, so that near ties may fall the other way: there the likeliest next token must agree at nearly every place
@@ -74,34 +75,39 @@ def export(
         max_new_tokens: length limit of the compared answers.
 
     Raises:
-        InputError: the adapter or its base cannot be loaded, or ``output`` exists.
+        InputError: the adapter or its base cannot be loaded, or ``output`` exists or cannot be written.
         click.ClickException: the merged model differs from the adapter model; nothing is written.
     """
     import torch
+    from safetensors import SafetensorError
 
     from malpyeong.decoding.engines import Decoding, TransformersEngine
     from malpyeong.models.load import (
+        adapter_folder,
         base_of_adapter,
         load_base,
         load_for_prediction,
-        load_tokenizer,
         put_adapter,
+        save_tokenizer,
         stop_at_eos,
+        tokenizer_for_prediction,
     )
     from malpyeong.predict import predict
     from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
+    from malpyeong.training.preflight import SAMPLES
 
+    adapter = adapter_folder(adapter)
     base = base or base_of_adapter(adapter)
     with new_folder(output) as folder:
-        tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer_config.json").exists() else base)
+        tokenizer = tokenizer_for_prediction(base, str(adapter))
         chosen = getattr(torch, dtype) if dtype else _weights_dtype(base)
         model: Any = load_base(base, chosen, load_in_4bit=dequantised)
         if dequantised:
-            model = model.dequantize(dtype=chosen)
-        elif getattr(model, "quantization_method", None):
+            model = _dequantised(model, base, chosen)
+        elif method := getattr(model, "quantization_method", None):
             raise InputError(
                 f"{base}: is a quantised model, onto which an adapter must not be merged; name its 16-bit original "
-                "with --base, or use --dequantised"
+                f"with --base{', or use --dequantised' if method == 'bitsandbytes' else ''}"
             )
         stop_at_eos(model, tokenizer)
         model = put_adapter(model, adapter).to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -111,8 +117,14 @@ def export(
         texts = [prompt + completion_ids(tokenizer, answers[place]) for place, prompt in enumerate(prompts)]
         logits = _logits(model, texts)
         merged = model.merge_and_unload(safe_merge=True)
-        merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        merged.generation_config = _plain(merged.generation_config)
+        try:
+            merged.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            size = sum(weight.numel() for weight in merged.parameters()) * chosen.itemsize / 2**30
+            raise InputError(f"{output}: cannot be written ({error}); the model takes {size:.1f} GiB there") from None
+        _name_old_config_keys(folder / "config.json")
+        save_tokenizer(tokenizer, folder, [*SAMPLES, *(record.question for record in check), *answers.values()])
         del model, merged
         gc.collect()
         name = str(chosen).removeprefix("torch.")
@@ -139,6 +151,40 @@ def export(
     return parity
 
 
+def _dequantised(model: Any, base: str, dtype: Any) -> Any:  # noqa: ANN401 -- a transformers model, a torch dtype
+    """Return a quantised model with ordinary weights, of the values that its quantised ones stand for."""
+    quantizer = model.hf_quantizer
+    try:
+        model = model.dequantize(dtype=dtype)
+    except NotImplementedError:
+        raise InputError(f"{base}: cannot be dequantised; name its 16-bit original with --base") from None
+    # How a folder of 4-bit weights was read cannot be reversed, and need not be: what is saved is not in 4 bits.
+    of_quantizer = {type(step) for one in quantizer.get_weight_conversions() for step in one.operations}
+    model._weight_conversions = [
+        one
+        for one in model._weight_conversions
+        if of_quantizer.isdisjoint(type(step) for step in getattr(one, "operations", ()))
+    ]
+    return model
+
+
+def _plain(generation: Any) -> Any:  # noqa: ANN401 -- a transformers GenerationConfig
+    """Return a configuration that says where to stop and nothing about sampling, so that it is valid."""
+    kept = {key: getattr(generation, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return type(generation)(**kept)
+
+
+def _name_old_config_keys(path: Path) -> None:
+    """Write the rotary embedding's base under its name of transformers 4 too, which would take 10,000 instead."""
+    config = json.loads(path.read_text("utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        write_text(path, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+
 def _logits(model: Any, texts: Sequence[list[int]]) -> list[Any]:  # noqa: ANN401 -- a transformers or PEFT model
     """Return the logits over each text, of shape (tokens, vocabulary), in float32."""
     import torch
@@ -161,7 +207,7 @@ def _weights_dtype(base: str) -> Any:  # noqa: ANN401 -- torch.dtype
     return dtype or torch.float32
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--base", help="Base model, if it is not where the adapter says.")

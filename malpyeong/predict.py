@@ -6,6 +6,7 @@ crash or a kill, to the same file. What is written is repaired last (``malpyeong
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from malpyeong.files import PartFile, check_writable, digest, write_text
 from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import fit_contexts, left_out, prompt_length
 from malpyeong.prompts.rule_choice import split_choice
+from malpyeong.terminal import Command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +77,7 @@ def repaired(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
     counts: Counter[str] = Counter()
     mended = []
     for record in records:
-        answer, kinds = repair(record.answer or "")
+        answer, kinds = repair(record.answer or "", record.question)
         counts.update(kinds)
         mended.append(record.with_answer(answer))
     return mended, counts
@@ -127,12 +129,10 @@ def _engine(
 
 def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
     """Return the mean of ROUGE-1 and of the scores whose models are named."""
-    from malpyeong.evaluate import load_scorers
+    from malpyeong.metrics.scorers import load_scorer
 
-    metrics = [name for name, model in (("bertscore", bertscore), ("bleurt", bleurt)) if model]
-    scorers, missing = load_scorers(metrics, bertscore, bleurt, "auto")
-    for message in missing.values():
-        raise InputError(message)
+    models = {"bertscore": bertscore, "bleurt": bleurt}
+    scorers = {name: load_scorer(name, model) for name, model in models.items() if model}
 
     def mean(candidates: Sequence[str], references: Sequence[str]) -> list[float]:
         columns = [rouge_score(candidates, references)]
@@ -142,11 +142,11 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
     return mean
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @click.argument("questions", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Prediction file to write.")
-@click.option("--adapter", help="Folder of a LoRA adapter to put on MODEL.")
+@click.option("--adapter", help="Folder or hub id of a LoRA adapter to put on MODEL.")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--max-new-tokens",
@@ -230,15 +230,18 @@ def main(
     from tqdm import tqdm
 
     from malpyeong.decoding.engines import Decoding
-    from malpyeong.models.load import tokenizer_for_prediction
+    from malpyeong.metrics.rouge import load_dictionary
+    from malpyeong.models.load import adapter_folder, tokenizer_for_prediction
 
+    if samples > 1:
+        load_dictionary()
     decoding = Decoding(decoding_name == "constrained", samples, temperature, seed, max_new_tokens)
     tokenizer = tokenizer_for_prediction(model, adapter)
     contexts = fitted(tokenizer, records, contexts, max_new_tokens)
     made_of = {
         "questions": digest(questions),
         "model": model_digest(model),
-        "adapter": adapter and model_digest(adapter),
+        "adapter": adapter and model_digest(str(adapter_folder(adapter))),
         "context": context and digest(context),
         **asdict(decoding),
         **{"batch_size": batch_size, "dtype": dtype, "load_in_4bit": load_in_4bit, "engine": engine_name},
@@ -251,6 +254,7 @@ def main(
     except (KeyError, TypeError):
         raise part.damaged() from None
     done = {place for place, record in enumerate(records) if record.id in found}
+    seconds = 0.0
     if len(done) < len(records):
         if done:
             click.echo(f"going on from {part.path}: {len(done)} of {len(records)} answers are there")
@@ -258,11 +262,13 @@ def main(
         try:
             engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, by_id)
             score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
+            start = time.perf_counter()
             with tqdm(total=len(records), initial=len(done), desc="predict", unit="record") as bar:
                 for place, answer in predict(engine, records, batch_size, done, score):
                     found[records[place].id] = answer
                     part.add({"id": records[place].id, "answer": answer})
                     bar.update(place not in done)
+            seconds = time.perf_counter() - start
         except torch.OutOfMemoryError:
             begun = f"; first remove {part.path}" if part.path.exists() else ""
             smaller = "" if load_in_4bit else ", or add --load-in-4bit"
@@ -285,7 +291,7 @@ def main(
     write_records(output, answered)
     part.remove()
     well_formed = sum(format_problem(record.answer or "") is None for record in answered)
-    click.echo(f"{output}: {len(records)} answers, {well_formed} well formed")
+    click.echo(f"{output}: {len(records)} answers, {well_formed} well formed; {seconds:.1f} s after loading")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Write and check a submission: ``python -m malpyeong.submit TEST PRED -o FILE``."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
@@ -7,17 +8,19 @@ from pathlib import Path
 
 import click
 
-from malpyeong.contest.answer import Answer, contest_split, format_problem, parse_answer
-from malpyeong.contest.options import options, question_sentence
+from malpyeong.contest.answer import contest_split, format_problem, parse_answer, quote
+from malpyeong.contest.particles import subject_particle
+from malpyeong.contest.question import options, read_record
 from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
-from malpyeong.contest.repair import right_particle
+from malpyeong.contest.repair import restore_jamo
 from malpyeong.errors import InputError, printable
+from malpyeong.terminal import Command
 
-# Conjoining jamo that NFD makes of ordinary syllables; NFKC makes them of compatibility jamo such as ㄹ.
-_CONJOINING_JAMO = re.compile("[\u1100-\u1112\u1161-\u1175\u11a8-\u11c2]")
 _CURLY_QUOTES = re.compile("[“”‘’]")
 _COMPARABLE = 1_000  # characters; comparing longer sentences takes long and says nothing
 _SAME_REGION = 6  # changes with fewer unchanged characters between them are one
+# difflib's ratio of two sentences. Below it are 3 of 749 of the contest's gold corrections.
+_ALIKE = 0.6
 
 
 def problems(record: Record) -> list[str]:
@@ -26,39 +29,56 @@ def problems(record: Record) -> list[str]:
     if not answer.strip():
         return ["empty answer"]
     found = []
-    verdict = contest_split(answer)[0]
     if not is_split(record):
         found.append(
             "no reason under the contest's split"
-            if "옳다" in verdict
+            if "옳다" in contest_split(answer)[0]
             else "no 가 옳다 / 이 옳다: the contest takes the whole text as the sentence"
         )
-    if _CONJOINING_JAMO.search(answer) and not _CONJOINING_JAMO.search(record.question):
+    if restore_jamo(answer, record.question) != answer:
         found.append("damaged jamo (the text went through NFD or NFKC; do not normalise answers)")
-    if _CURLY_QUOTES.search(verdict) and not _CURLY_QUOTES.search(record.question):
-        found.append("curly quotes in the sentence lose Exact Match")
     if "�" in answer:
         found.append("replacement character � (broken decoding)")
     problem = format_problem(answer)
     if problem and not found:
         found.append(problem)
-    parsed = parse_answer(answer)
-    if parsed.complete and parsed.sentences:
-        found += _sentence_problems(record, parsed)
+    parsed, offered = parse_answer(answer), options(record)
+    for sentence in parsed.sentences if parsed.complete and offered else ():
+        if sentence not in offered:
+            nearest = max(offered, key=lambda option: _alike(option, sentence[:_COMPARABLE]))
+            found.append(f'"{printable(sentence, 60)}" is none of the options; the nearest is "{nearest}"')
     return found
 
 
 def warnings(record: Record) -> list[str]:
-    """Return what is unusual in one predicted answer to a 교정형 question: it may be right, and deserves a look."""
-    before, sentences = question_sentence(record.question), parse_answer(record.answer or "").sentences
-    if record.question_type != "교정형" or options(record) or not before or not sentences:
-        return []
-    if before in sentences:
+    """Return what is unusual in one predicted answer: it may be right, and deserves a look."""
+    answer, question = parse_answer(record.answer or ""), read_record(record)
+    quoted = quote(answer.sentences, answer.joiner)
+    found = []
+    particle = subject_particle(quoted)
+    if answer.particle in ("가", "이") and answer.particle != particle:
+        found.append(f"particle {answer.particle}, where nearly all gold answers have {particle}")
+    if _CURLY_QUOTES.search(quoted) and not _CURLY_QUOTES.search(record.question):
+        found.append("curly quotes in the sentence")
+    if record.question_type == "교정형" and not question.options and question.sentences and answer.sentences:
+        found += _unusual_correction(question.sentences, answer.sentences)
+    return found
+
+
+def _unusual_correction(before: Sequence[str], after: Sequence[str]) -> list[str]:
+    if set(before) & set(after):
         return ["the question's sentence is unchanged"]
-    if max(map(len, (before, *sentences))) > _COMPARABLE:
+    if max(map(len, (*before, *after))) > _COMPARABLE:
         return [f"sentence has more than {_COMPARABLE:,} characters"]
-    regions = min(changed_regions(before, sentence) for sentence in sentences)
+    source, sentence = max(itertools.product(before, after), key=lambda pair: _alike(*pair))
+    if _alike(source, sentence) < _ALIKE:
+        return ["the sentence is unlike the question's"]
+    regions = changed_regions(source, sentence)
     return [f"the sentence differs from the question's in {regions} places"] if regions > 1 else []
+
+
+def _alike(first: str, second: str) -> float:
+    return SequenceMatcher(None, first, second, autojunk=False).ratio()
 
 
 def changed_regions(before: str, after: str) -> int:
@@ -69,19 +89,6 @@ def changed_regions(before: str, after: str) -> int:
             regions += start - end >= _SAME_REGION
             end = stop
     return regions
-
-
-def _sentence_problems(record: Record, parsed: Answer) -> list[str]:
-    found = []
-    offered = options(record)
-    for sentence in parsed.sentences if offered else ():
-        if sentence not in offered:
-            nearest = max(offered, key=lambda option: SequenceMatcher(None, option, sentence[:_COMPARABLE]).ratio())
-            found.append(f'"{printable(sentence, 60)}" is none of the options; the nearest is "{nearest}"')
-    particle = right_particle(parsed)
-    if parsed.particle in ("가", "이") and parsed.particle != particle:
-        found.append(f"particle {parsed.particle} where the sentence calls for {particle}")
-    return found
 
 
 def is_split(record: Record) -> bool:
@@ -96,7 +103,7 @@ def make_submission(test: Sequence[Record], predictions: Sequence[Record]) -> li
     ]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("test", type=click.Path(path_type=Path))
 @click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")

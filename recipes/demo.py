@@ -22,13 +22,13 @@ from rich.table import Table
 
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import load_records
-from malpyeong.curves import plot
 from malpyeong.errors import InputError
 from malpyeong.evaluate import evaluate
 from malpyeong.files import digest, write_text
 from malpyeong.metrics.aggregate import RecordScore, summarise
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.submit import is_split
+from malpyeong.terminal import Command
 
 RECIPES = Path(__file__).parent
 SPLITS = ("test", "unseen")
@@ -100,7 +100,7 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(output: Path, seed: int) -> None:
@@ -121,7 +121,8 @@ def main(output: Path, seed: int) -> None:
         output / "submission.json", "-m", "malpyeong.submit", questions, prediction, "-o", output / "submission.json"
     )
     for stage in ("sft", "grpo"):
-        plot(output / stage, output / f"{stage}.png")
+        page = output / f"{stage}.html"
+        demo.make(page, "-m", "malpyeong.report", "run", output / stage, "-o", page)
 
     stages = {stage: measure(output / "predictions" / stage) for stage in STAGES}
     parity = json.loads((merged / "export.json").read_text("utf-8"))
@@ -162,7 +163,7 @@ def show(output: Path, summary: dict[str, Any], submitted_match: float) -> None:
         f"{submitted_match:.3f}"
     )
     console.print(
-        f"{summary['seconds']:.0f} s; {output}/ holds summary.json, sft.png, grpo.png, merged/, submission.json"
+        f"{summary['seconds']:.0f} s; {output}/ holds summary.json, sft.html, grpo.html, merged/, submission.json"
     )
 
 

@@ -10,8 +10,9 @@ upwards later than downwards, and ``beta`` 0 needs no reference model.
 
 - Rewards are the scorers that the leaderboard uses, cut by the contest's literal split
   (``malpyeong/training/rewards.py``).
-- Logged beside TRL's metrics: dead groups, each reward's spread within a group, seconds that the rewards took; and
-  the completions of every logged step with their rewards and advantages (``completions/``).
+- Logged beside TRL's metrics: dead groups, each reward's spread within a group, seconds that sampling, rewards and
+  update took, the GPU's memory; and the completions of every logged step with their rewards and advantages
+  (``completions/``).
 - Prompts that do not fit ``model.max_length`` with a whole completion are an error, never cut.
 - ``--resume auto`` goes on from the last complete checkpoint to the same result as an uninterrupted run (with bertscore
   or bleurt up to their rounding, about 1e-5, which depends on what is scored together).
@@ -29,11 +30,19 @@ import click
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe
 from malpyeong.models.environment import prepare_environment
-from malpyeong.models.load import VLLM_SHARE, choose_backend, load_for_training
-from malpyeong.models.memory import Backend
+from malpyeong.models.load import choose_backend, load_for_training
+from malpyeong.models.memory import VLLM_SHARE, Backend
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS
+from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
-from malpyeong.training.data import grpo_dataset, load_questions, open_run, precision, train
+from malpyeong.training.data import (
+    grpo_dataset,
+    load_train,
+    open_run,
+    precision,
+    train,
+    with_prompt_data,
+)
 from malpyeong.training.rewards import RewardRun, load_models
 
 
@@ -102,16 +111,19 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
     """Train a LoRA adapter by GRPO, as RECIPE says."""
     prepare_environment()
+    if drop_leaks:
+        overrides = (*overrides, "data.drop_leaks=true")
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
-    questions = load_questions(recipe.data.train, recipe.data)
+    questions = with_prompt_data(load_train(recipe.data), recipe.data)
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return
@@ -122,7 +134,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
     from trl import GRPOConfig, GRPOTrainer
 
-    from malpyeong.doctor import check
+    from malpyeong.training.callbacks import StepClock
+    from malpyeong.training.preflight import check
 
     check(recipe, backend)
     models = load_models(weights, recipe.data.scorers)
@@ -137,15 +150,23 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         tokenizer, questions, model_block.max_length, training.max_completion_length, prompts, training.seed
     )
 
+    clock = StepClock(rewards)
+
+    class TimedTrainer(GRPOTrainer):
+        def _generate(self, *args: Any) -> Any:  # noqa: ANN401 -- as in TRL
+            with clock.generating():
+                return super()._generate(*args)
+
     stated = arguments(recipe, backend)
     config = GRPOConfig(**stated)
     expected = expected_arguments(config, stated)
-    trainer = GRPOTrainer(
+    trainer = TimedTrainer(
         model=model,
         reward_funcs=rewards.functions,
         args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
+        callbacks=[clock],
     )
     check_arguments(trainer.args, expected)
     start = time.perf_counter()

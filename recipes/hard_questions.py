@@ -29,22 +29,26 @@ from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import check_adapter, load_for_prediction
-from malpyeong.training.data import load_questions, sft_dataset
+from malpyeong.terminal import Command
+from malpyeong.training.data import load_train, sft_dataset, with_prompt_data
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Contest file of the hardest.")
 @click.option(
     "--share", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Of data.train."
 )
-def main(recipe_file: Path, overrides: tuple[str, ...], output: Path, share: float) -> None:
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, output: Path, share: float) -> None:
     """Write the hardest questions of a GRPO RECIPE."""
     prepare_environment()
+    if drop_leaks:
+        overrides = (*overrides, "data.drop_leaks=true")
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     block, data = recipe.model, recipe.data
-    questions = load_questions(data.train, data)
+    questions = with_prompt_data(load_train(data), data)
     for path in (data.train, data.context, data.labels):
         if path and output.exists() and output.samefile(path):
             raise InputError(f"{output}: is a file that the recipe reads; name another one")

@@ -23,14 +23,15 @@ import click
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import MiningRecipe
 from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile, check_writable, write_text
-from malpyeong.models.load import check_adapter, load_for_prediction, load_tokenizer
-from malpyeong.rules import load_rule_book
+from malpyeong.models.load import adapter_folder, check_adapter, load_for_prediction, load_tokenizer
+from malpyeong.terminal import Command
 from malpyeong.training.run import check_run, start_run
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
@@ -54,10 +55,16 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
             records[record.id] = record
     questions, rules = list(records.values()), load_rule_book(data.rules)
     candidates = load_candidates(Path(data.context), questions, rules) if data.context else None
-    inputs = [Path(path) for path in (*data.questions, data.rules, data.context) if path]
+    inputs: dict[str, Path | list[Path] | str] = {
+        "data.questions": [Path(path) for path in data.questions],
+        "data.rules": Path(data.rules),
+        "model.name": model_block.name,
+    }
+    if data.context:
+        inputs["data.context"] = Path(data.context)
     if model_block.adapter:
         check_adapter(model_block.adapter)
-        inputs.append(Path(model_block.adapter) / "adapter_model.safetensors")
+        inputs["model.adapter"] = adapter_folder(model_block.adapter) / "adapter_model.safetensors"
     plan = make_plan(
         load_tokenizer(model_block.name), questions, rules, candidates, model_block.max_length, mining.batch_tokens
     )

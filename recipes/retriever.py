@@ -26,17 +26,22 @@ import click
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import RetrieverRecipe
 from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.files import new_folder
 from malpyeong.prompts.rule_choice import load_labels
 from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.evaluate import check_labels
 from malpyeong.retrieval.neural import load_encoder, query_text
-from malpyeong.retrieval.question import read_question
-from malpyeong.retrieval.search import Retriever, rule_documents
-from malpyeong.rules import Rule, load_rule_book
+from malpyeong.retrieval.search import Retriever, read_query, rule_documents
+from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
-from malpyeong.training.run import adapter_digest, check_run, start_run
+from malpyeong.training.run import (
+    check_run,
+    start_run,
+    trained_weights,
+    weights_digest,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -55,7 +60,7 @@ def training_rows(
         # Every row needs as many negatives: where BM25 finds too few, the book's other rules follow in their order.
         others = dict.fromkeys([*(hit.id for hit in hits), *text])
         hard = [id_ for id_ in others if id_ != right][:negatives]
-        row = {"anchor": query_text(read_question(record.question)), "positive": text[right]}
+        row = {"anchor": query_text(read_query(record)), "positive": text[right]}
         rows.append(row | {f"negative_{number}": text[id_] for number, id_ in enumerate(hard, 1)})
     return rows
 
@@ -76,7 +81,7 @@ def check_lengths(model: "SentenceTransformer", rows: list[dict[str, str]], limi
         )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
@@ -97,7 +102,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     if data.negatives >= len(rules):
         raise InputError(f"data.negatives={data.negatives}: {data.rules} has only {len(rules)} rules")
     output = Path(training.output)
-    inputs = [Path(data.train), Path(data.labels), Path(data.rules)]
+    files = {f"data.{name}": Path(getattr(data, name)) for name in ("train", "labels", "rules")}
+    inputs: dict[str, Path | list[Path] | str] = {**files, "model.name": model_block.name}
     checkpoint = check_run(output, recipe, inputs, resume == "auto")
     if (output / "model").exists():
         click.echo(f"{output / 'model'}: this run has ended already")
@@ -109,8 +115,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from transformers import set_seed
 
-    from malpyeong.training.callbacks import Guards, explain_out_of_memory
-    from malpyeong.training.data import precision, show_progress
+    from malpyeong.models.load import check_target_modules, name_old_tokenizer_class
+    from malpyeong.training.callbacks import Guards, check_learnt, explain_out_of_memory
+    from malpyeong.training.data import keep_to_arguments, precision, show_progress
 
     set_seed(training.seed)
     model = load_encoder(model_block.name, model_block.dtype, model_block.max_length)
@@ -118,6 +125,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         from peft import LoraConfig, TaskType
 
         lora = model_block.lora
+        check_target_modules(model[0].model, lora.target_modules)
         model.add_adapter(
             LoraConfig(
                 task_type=TaskType.FEATURE_EXTRACTION,
@@ -161,14 +169,14 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     )
     check_arguments(trainer.args, expected)
     show_progress(trainer)
-    before = adapter_digest(model)
+    keep_to_arguments(trainer)
+    before = weights_digest(trained_weights(model))
     start_run(output, recipe, inputs)
     if checkpoint is not None:
         click.echo(f"going on from {checkpoint}")
     with explain_out_of_memory(None):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if adapter_digest(model) == before:
-        raise RuntimeError("training has not changed the model: nothing was learnt")
+    check_learnt(trained_weights(model), before, trainer.state.log_history)
     if model_block.lora:
         from peft import PeftModel
 
@@ -178,6 +186,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
             model[0].model = PeftModel.from_pretrained(model[0].model, adapter).merge_and_unload()
     with new_folder(output / "model") as folder:
         model.save_pretrained(str(folder), create_model_card=False)
+        for file in folder.rglob("tokenizer_config.json"):
+            name_old_tokenizer_class(file.parent)
     click.echo(f"{output / 'model'}: {trainer.state.global_step} steps on {len(rows)} questions and {len(rules)} rules")
 
 

@@ -23,8 +23,17 @@ from malpyeong.config.recipe import SFTRecipe
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import Backend
+from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
-from malpyeong.training.data import load_questions, open_run, precision, sft_dataset, train
+from malpyeong.training.data import (
+    load_questions,
+    load_train,
+    open_run,
+    precision,
+    sft_dataset,
+    train,
+    with_prompt_data,
+)
 
 
 def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
@@ -74,16 +83,22 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
+@click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
     """Train a LoRA adapter by SFT, as RECIPE says."""
     prepare_environment()
+    if drop_leaks:
+        overrides = (*overrides, "data.drop_leaks=true")
     recipe = load_recipe(recipe_file, overrides, SFTRecipe)
     model_block, training = recipe.model, recipe.training
-    splits = {name: load_questions(getattr(recipe.data, name), recipe.data) for name in ("train", "dev")}
+    splits = {
+        "train": with_prompt_data(load_train(recipe.data), recipe.data),
+        "dev": load_questions(recipe.data.dev, recipe.data),
+    }
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return
@@ -95,7 +110,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from malpyeong.doctor import check
+    from malpyeong.training.callbacks import StepClock
+    from malpyeong.training.preflight import check
 
     check(recipe, backend)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
@@ -110,7 +126,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
         processing_class=tokenizer,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience)],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=training.patience), StepClock()],
     )
     check_arguments(trainer.args, expected)
     train(trainer, tokenizer, recipe, backend, inputs, checkpoint)

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,18 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def run_module() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run ``python …`` in the repository's root and return what it printed."""
+    """Run ``python …`` in the repository's root, with ``env`` beside the environment; return what it printed."""
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, env: Mapping[str, str] | None = None, encoding: str = "utf-8"
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            encoding=encoding,
         )
 
     return run

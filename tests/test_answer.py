@@ -4,7 +4,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from malpyeong.contest.answer import contest_split, format_problem, parse_answer, subject_particle, write_answer
+from malpyeong.contest.answer import contest_split, format_problem, parse_answer, quote, write_answer
+from malpyeong.contest.particles import subject_particle
 from malpyeong.metrics.exact_match import exact_match
 from malpyeong.metrics.rouge import rouge_1
 
@@ -48,6 +49,15 @@ PARSED = {
     "옳다 in the sentence": ('"네 말이 옳다."가 옳다. 이유다.', ("네 말이 옳다.",), "가", "이유다."),
     "옳다 in the reason": ("\"가.\"가 옳다. '나'가 옳다.", ("가.",), "가", "'나'가 옳다."),
     "no reason": ('"가."가 옳다.', ("가.",), "가", ""),
+    "A가 아니라 B": ('"가게예 갔다."가 아니라 "가게에 갔다."가 옳다. 이유다.', ("가게에 갔다.",), "가", "이유다."),
+    "single quotes, A가 아니고 B": ("'감.'이 아니고, '갔다.'가 옳다. 이유다.", ("갔다.",), "가", "이유다."),
+    "아니라 in the sentence": (
+        '""배"가 아니라 "사과"를 샀다."가 옳다. 이유다.',
+        ('"배"가 아니라 "사과"를 샀다.',),
+        "가",
+        "이유다.",
+    ),
+    "no space behind the verdict": ('"가."가 옳다.이유다.', ("가.",), "가", "이유다."),
     "old jamo and hanja": ('"ㆍ와 歷史[역싸]"가 옳다. ㄹ이다.', ("ㆍ와 歷史[역싸]",), "가", "ㄹ이다."),
 }
 
@@ -97,19 +107,28 @@ def test_contest_split(text, verdict, reason):
 @pytest.mark.parametrize(
     ("text", "particle"),
     [
+        ("접수 기간: 5월 2일", "가"),
+        ("케이블", "가"),
+        ("파란 우산 하나", "가"),
+        ("나는 밥을 먹음.", "이"),
+        ("그가 왔어?", "가"),
+        ("이제 그만할걸.", "이"),
+        ("그게 참말인감?", "이"),
         ("가게에 갔다.", "가"),
-        ("집에 감.", "이"),
-        ("무엇입니까?", "가"),
-        ("떡볶이 집", "이"),
-        ('"가자."', "가"),
-        ("끝냄……", "이"),
-        ("ㄹ", "이"),
-        ("ㅏ", "가"),
-        ("2024. 3. 1.", "이"),
-        ("3:2", "가"),
-        ("bus", "가"),
+        ('그가 "나는 갔음."', "이"),
+        ("(청소를 끝냄.)", "이"),
+        ("(청소를 끝냄).", "가"),
+        ("청소를 '끝냄'.", "가"),
+        ("청소를 끝냄!", "가"),
+        ("끝냄……", "가"),
+        ("ㄹ.", "가"),
+        ("2024. 3. 1.", "가"),
+        ("歷史.", "가"),
+        ("bus.", "가"),
+        ("이것이 옳다는 말.", "가"),  # behind 이 the contest would split in the sentence
+        ('"네 말이 옳다." 혹은 "내 말."', "가"),
         ("", "가"),
-        ("…", "가"),
+        (".", "가"),
     ],
 )
 def test_subject_particle(text, particle):
@@ -122,6 +141,10 @@ def test_subject_particle(text, particle):
         ('"가게에 갔다."가 옳다. 이유다.', None),
         ('""가자."라고 했다."가 옳다. 이유다.', None),
         ('"갑이다." 혹은 "을이다."가 옳다. 이유다.', None),
+        ('"가."가 옳다.이유다.', None),
+        ('""배"가 아니라 "사과"를 샀다."가 옳다. 이유다.', None),
+        ('"배."가 아니라 "사과."가 옳다. 이유다.', "another sentence before"),
+        ('"배."가 아니라 "사과"를 샀다."가 옳다. 이유다.', None),  # quotes within a sentence are its own affair
         ("\"가.\"가 옳다. 그러므로 '나'가 옳다.", None),
         ("", "empty"),
         (" \n", "empty"),
@@ -138,7 +161,8 @@ def test_subject_particle(text, particle):
         ('""가 옳다. 이유다.', "empty sentence"),
         ('" "가 옳다. 이유다.', "empty sentence"),
         ('"가." 가 옳다. 이유다.', "verdict"),
-        ('"가."가 옳다.', "verdict"),
+        ('"가."가 옳다.', "no reason"),
+        ('"가."가 옳다 이유다.', "verdict"),
         ('"가."가 옳다. ', "space"),
         ('" 가."가 옳다. 이유다.', "space inside"),
         ("\"감.\"이 옳다. '나'가 옳다.", "split falls elsewhere"),
@@ -237,7 +261,7 @@ def test_what_is_written_is_read_back(sentences, reason, joiner):
         return
     answer = parse_answer(text)
     assert (answer.sentences, answer.reason) == (sentences, reason)
-    assert answer.particle == subject_particle(sentences[-1])
+    assert answer.particle == subject_particle(quote(sentences, joiner))
 
 
 @settings(max_examples=2_000, deadline=None)

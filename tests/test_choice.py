@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, PromptData, SFTRecipe
 from malpyeong.contest.records import Record, load_records, write_records
-from malpyeong.doctor import examine
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.models.load import load_tokenizer
 from malpyeong.predict import main as predict_command
@@ -28,10 +28,9 @@ from malpyeong.prompts.rule_choice import (
     split_choice,
     tag,
 )
-from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training import rewards
-from malpyeong.training.data import Questions, grpo_dataset, load_questions, sft_dataset
+from malpyeong.training.data import Questions, grpo_dataset, load_questions, rewards, sft_dataset
+from malpyeong.training.preflight import examine
 
 RULES = tuple(load_rule_book(DATA / "rules.json"))
 TRAIN = load_records(DATA / "train.json", answers="gold")[:12]
@@ -239,7 +238,9 @@ def test_a_rule_that_was_not_tried_is_no_rule_that_does_not_help(tmp_path):
     write_records(tmp_path / "train.json", TRAIN[:1])
     write_contexts(tmp_path / "context.jsonl", TRAIN[:1], [[(1.0, RULES[0]), (0.0, RULES[1])]], [[]])
     write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0})])
-    data = PromptData(context=str(tmp_path / "context.jsonl"), labels=str(tmp_path / "labels.jsonl"))
+    data = PromptData(
+        mode="choose_rule", context=str(tmp_path / "context.jsonl"), labels=str(tmp_path / "labels.jsonl")
+    )
     with pytest.raises(InputError, match=f'whether the rule "{RULES[1].id}" of its context helps; mine again'):
         load_questions(str(tmp_path / "train.json"), data)
     write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0, RULES[1].id: 0.0})])

@@ -9,7 +9,7 @@ import torch
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.contest.records import load_records, write_records
-from malpyeong.doctor import SAMPLES, check, examine, examine_groups, examine_tokenizer
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.export import export
 from malpyeong.models.load import (
@@ -22,11 +22,12 @@ from malpyeong.models.load import (
 )
 from malpyeong.prompts.context import Context, write_contexts
 from malpyeong.prompts.messages import build_messages, fit_contexts, prompt_ids, prompt_length
-from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.callbacks import TrainingStoppedError, explain_out_of_memory, out_of_memory_text
+from malpyeong.training.preflight import SAMPLES, check, examine, examine_groups, examine_tokenizer
 
-TRAIN = load_records(DATA / "train.json", answers="gold")[:40]
+RECORDS = load_records(DATA / "train.json", answers="gold")
+TRAIN, DEV = RECORDS[:40], RECORDS[40:48]
 
 
 @pytest.fixture
@@ -34,11 +35,12 @@ def data(tmp_path):
     folder = tmp_path / "자료 폴더"
     folder.mkdir()
     write_records(folder / "train.json", TRAIN)
+    write_records(folder / "dev.json", DEV)
     return folder / "train.json"
 
 
 def sft(data, *overrides):
-    files = [f"data.train={data}", f"data.dev={data}"]
+    files = [f"data.train={data}", f"data.dev={data.with_name('dev.json')}"]
     return load_recipe("recipes/tiny/sft.yaml", [*files, *overrides], SFTRecipe)
 
 
@@ -106,7 +108,7 @@ def test_prompts_are_measured_with_what_training_puts_into_them(data, tmp_path):
         ]
 
     for recipe in (grpo, sft):
-        context, lengths = lines(recipe(data, f"data.context={path}", "model.max_length=5000"))
+        context, lengths = lines(recipe(data, f"data.dev={data}", f"data.context={path}", "model.max_length=5000"))
         assert context.level == lengths.level == "ok"
         times = 2 if recipe is sft else 1  # train and dev
         assert f"{40 * times} rules and {80 * times} solved examples" in context.text
@@ -155,6 +157,26 @@ def test_a_card_that_is_too_small_is_named_with_the_lever(data):
     (error,) = [text for text in found(grpo(data, "gpu=t4", *large), "error") if "estimated peak" in text]
     assert "of 14.5" in error
     assert "training.batch_size=" in error
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "overrides", "level", "advice"),
+    [
+        ("qwen", "40gb", (), "ok", "model.load_in_4bit=false (model.load_in_4bit in both stages)"),
+        ("qwen", "40gb", ("model.load_in_4bit=false",), None, None),
+        ("qwen", "t4", (), None, None),
+        ("qwen", "t4", ("training.gradient_accumulation_steps=16",), "warning", "gradient_accumulation_steps=8"),
+        ("qwen-8b", "80gb", (), None, None),
+    ],
+)
+def test_sampling_advice_is_for_the_card_and_the_model(model, gpu, overrides, level, advice, data):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here, and it decides")
+    files = [f"recipes/models/{model}.yaml", f"data.train={data}", f"gpu={gpu}", *overrides]
+    findings = examine(load_recipe("recipes/grpo.yaml", files, GRPORecipe), "unsloth")
+    given = [finding for finding in findings if "sample quicker" in finding.text or "sampled together" in finding.text]
+    assert [finding.level for finding in given] == [level] * bool(level)
+    assert all(advice in str(finding) for finding in given)
 
 
 def test_a_full_disk_is_an_error(data, monkeypatch):
@@ -304,7 +326,7 @@ def test_groups_are_sampled_and_dead_ones_found(data):
 
 
 def test_the_command_ends_with_1_for_an_error_and_2_for_bad_input(data, run_module, tmp_path):
-    files = (f"data.train={data}", f"data.dev={data}")
+    files = (f"data.train={data}", f"data.dev={data.with_name('dev.json')}")
     result = run_module("-m", "malpyeong.doctor", "recipes/tiny/sft.yaml", *files)
     assert result.returncode == 0, result.stderr
     assert all(line.startswith("ok ") for line in result.stdout.splitlines())

@@ -3,11 +3,11 @@
 import json
 
 from malpyeong.contest.records import load_records, write_records
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.models.load import load_for_prediction
 from malpyeong.prompts.context import Context, load_contexts, write_contexts
 from malpyeong.prompts.messages import completion_ids, context_messages, fit_contexts, prompt_ids
 from malpyeong.prompts.rule_choice import tag
-from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.perplexity import perplexity
 

@@ -13,7 +13,7 @@ def test_import_loads_no_torch(code, run_module):
 
 @pytest.mark.parametrize(
     "module",
-    ["evaluate", "submit", "predict", "export", "curves", "report", "doctor", "models.memory", "rules", "retrieval"],
+    ["evaluate", "submit", "predict", "export", "report", "doctor", "models.memory", "rules", "retrieval"],
 )
 def test_help_loads_no_torch(module, run_module):
     code = (
@@ -24,3 +24,17 @@ def test_help_loads_no_torch(module, run_module):
     result = run_module("-c", code)
     assert result.stdout.startswith("Usage:")
     assert result.stdout.split()[-1] == "False"
+
+
+def test_a_package_of_an_extra_that_is_missing_is_one_line(run_module, tmp_path):
+    (tmp_path / "rules.pdf").write_bytes(b"%PDF-1.4")
+    code = (
+        "import sys, importlib.util as util; real = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'pypdf' else real(name, *rest)\n"
+        f"sys.argv = ['rules', 'build', {str(tmp_path / 'rules.pdf')!r}, '-o', {str(tmp_path / 'rules.json')!r}]\n"
+        "from malpyeong.rules import main; main()"
+    )
+    result = run_module("-c", code)
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0
+    assert "[rules]" in result.stderr

@@ -15,10 +15,11 @@ from tests.test_unsloth import LISTED
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
+CPU = [*EXTRAS["rules"], *EXTRAS["retrieval"]]
 LOCKS = {
-    "requirements.lock": [],
-    "constraints/gpu.txt": EXTRAS["gpu"],
-    "constraints/gpu-vllm.txt": [*EXTRAS["gpu"], *EXTRAS["vllm"]],
+    "requirements.lock": CPU,
+    "constraints/gpu.txt": [*CPU, *EXTRAS["gpu"]],
+    "constraints/gpu-vllm.txt": [*CPU, *EXTRAS["gpu"], *EXTRAS["vllm"]],
 }
 
 
@@ -137,7 +138,7 @@ def test_pip_replaces_no_torch(machine, tmp_path, installed, file):
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     new = {normal(item["metadata"]["name"]): item["metadata"]["version"] for item in report["install"]}
     assert not new.keys() & installed.keys()
-    if extras:
+    if extras != CPU:
         assert new["unsloth"] == LISTED["unsloth"]
     if "vllm" in str(file):
         assert new["vllm"] == "0.26.0"

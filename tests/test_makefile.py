@@ -39,7 +39,8 @@ def test_every_stage_gets_the_context(make, tmp_path):
     files = [f"{train}", f"{data / 'dev.json'}", "--examples", f"{train}"]
     assert search == ["-m", "malpyeong.retrieval", "search", *files, "-o", f"{context}"]
     assert sft[:3] == ["recipes/sft.py", "recipes/sft.yaml", "recipes/models/qwen.yaml"]
-    assert sft[5:] == [
+    assert sft[3:6] == [f"data.{name}={data / f'{name}.json'}" for name in ("train", "dev", "test")]
+    assert sft[6:] == [
         f"data.context={context}", "data.mode=context",
         f"training.output={runs / 'qwen-sft'}", "gpu=t4", "training.epochs=1", "--quick",
         "--resume", "auto",
@@ -86,6 +87,30 @@ def test_a_model_that_chooses_gets_the_labels_that_were_mined(make, tmp_path):
     assert "--choose" not in make("submit-qwen")[1]
 
 
+def test_the_contests_files_are_found_as_they_come(make, tmp_path):
+    data = tmp_path / "대회 자료"
+    (data / "train.json").rename(data / "korean_language_rag_V1.0_train.json")
+    (data / "dev.json").rename(data / "dev.jsonl")
+    (data / "test.json").rename(data / "korean_language_rag_V1.0_test.jsonl")
+    search, sft = make("sft-qwen")
+    assert search[3:6] == [f"{data / 'korean_language_rag_V1.0_train.json'}", f"{data / 'dev.jsonl'}", "--examples"]
+    assert sft[3:6] == [
+        f"data.train={data / 'korean_language_rag_V1.0_train.json'}",
+        f"data.dev={data / 'dev.jsonl'}",
+        f"data.test={data / 'korean_language_rag_V1.0_test.jsonl'}",
+    ]
+    _, predict, submit = make("submit-qwen")
+    assert f"{data / 'korean_language_rag_V1.0_test.jsonl'}" in predict
+    assert f"{data / 'korean_language_rag_V1.0_test.jsonl'}" in submit
+
+    (data / "train.json").touch()  # the short name comes first
+    (data / "korean_language_rag_V1.0_test.jsonl").unlink()  # not out yet
+    _, grpo = make("grpo-qwen")
+    assert f"data.train={data / 'train.json'}" in grpo
+    assert f"data.dev={data / 'dev.jsonl'}" in grpo
+    assert not any(argument.startswith("data.test") for argument in grpo)
+
+
 def test_a_context_is_made_once_and_again_when_the_data_is_newer(make, tmp_path):
     data, context = tmp_path / "대회 자료", tmp_path / "결 과" / "context.jsonl"
     context.parent.mkdir()
@@ -102,3 +127,28 @@ def test_a_context_is_made_once_and_again_when_the_data_is_newer(make, tmp_path)
         assert search[-4:] == ["--rules", f"{rules}", "-o", f"{context}"]
         os.utime(context, (later, later))
         assert len(make("grpo-qwen")) == 1
+
+
+def test_setup_looks_for_a_python_that_everything_installs_on(tmp_path):
+    for name in ("make", "sh"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+
+    def setup():
+        command = ["make", "-n", f"VENV={tmp_path / 'venv'}", "setup"]
+        return subprocess.run(command, cwd=ROOT, env={"PATH": f"{tmp_path}"}, capture_output=True, text=True)
+
+    def add(name, code):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+
+    add("python3.13", "exit 127")  # a shim of a version that is not installed
+    add(
+        "python3",
+        f"{shlex.quote(sys.executable)} -c 'import sys; sys.version_info = (3, 10, 0); exec(sys.argv[1])' \"$2\"",
+    )
+    result = setup()
+    assert result.returncode == 2
+    (line, *_) = result.stderr.splitlines()
+    assert "Python 3.11, 3.12, 3.13 or 3.14 is needed" in line
+    add("python3.12", f'exec {shlex.quote(sys.executable)} "$@"')
+    assert setup().stdout.startswith(f'python3.12 -m venv "{tmp_path / "venv"}"')

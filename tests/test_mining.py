@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile
 from malpyeong.models.load import load_for_prediction
 from malpyeong.prompts.context import write_contexts
 from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
-from malpyeong.rules import Rule, load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
 from malpyeong.training.perplexity import Row, perplexities, perplexity, shared_prefix
@@ -170,7 +170,7 @@ def test_mined_values_equal_the_formulas(tiny):
 
 
 def _verdict(sentence):
-    from malpyeong.contest.answer import subject_particle
+    from malpyeong.contest.particles import subject_particle
 
     return f'"{sentence}"{subject_particle(sentence)} 옳다.'
 

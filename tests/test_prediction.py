@@ -15,17 +15,11 @@ import torch
 from click.testing import CliRunner
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from malpyeong.contest.answer import (
-    answer_grammar,
-    close_reason,
-    format_problem,
-    parse_answer,
-    reason_grammar,
-    write_answer,
-)
-from malpyeong.contest.options import options, verdicts
+from malpyeong.contest.answer import answer_grammar, format_problem, parse_answer, reason_grammar, write_answer
+from malpyeong.contest.question import options, verdicts
 from malpyeong.contest.records import load_records, write_records
-from malpyeong.contest.repair import repair
+from malpyeong.contest.repair import finish
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.decoding.engines import (
     MIN_CONSTRAINED_TOKENS,
     Decoding,
@@ -33,7 +27,6 @@ from malpyeong.decoding.engines import (
     TransformersEngine,
     VLLMEngine,
     _Format,
-    finish,
 )
 from malpyeong.decoding.vote import choose
 from malpyeong.errors import InputError
@@ -42,7 +35,6 @@ from malpyeong.models.load import load_for_prediction, load_tokenizer, tokenizer
 from malpyeong.predict import fitted, main, predict
 from malpyeong.prompts.context import Context, write_contexts
 from malpyeong.prompts.messages import build_messages, prompt_ids, prompt_length
-from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 from tests.conftest import ROOT
 
@@ -104,7 +96,7 @@ def test_the_grammar_takes_every_gold_answer(name, request):
     whole = matcher(loaded, answer_grammar())
     assert [record.answer for record in GOLD if not accepts(loaded, whole, record.answer)] == []
     for record in GOLD[:40]:
-        offered = verdicts(options(record))
+        offered = verdicts(record)
         if offered:
             assert accepts(loaded, matcher(loaded, answer_grammar(offered)), record.answer)
             verdict = next(it for it in offered if record.answer.startswith(it))
@@ -254,7 +246,7 @@ def test_the_likelihood_is_the_models(tiny):
     model, _ = tiny
     engine = TransformersEngine(*tiny)
     [prompt] = engine.prompts(QUESTIONS[:1])
-    candidates = verdicts(options(QUESTIONS[0]))
+    candidates = verdicts(QUESTIONS[0])
     scores = engine.log_likelihoods(prompt, candidates)
     for candidate, score in zip(candidates, scores, strict=True):
         ids = tiny[1](candidate, add_special_tokens=False)["input_ids"]
@@ -288,37 +280,6 @@ def test_the_vote():
     assert choose(["음"]) == "음"
     with pytest.raises(ValueError, match="no answers"):
         choose([])
-
-
-@pytest.mark.parametrize(
-    ("reason", "closed"),
-    [
-        ("이유다. 그러므로", "이유다."),
-        ("이유는 의존 명", "이유는 의존 명."),
-        ("이유다.", "이유다."),
-        ("앞말과 띄어 띄어 띄어 띄어 쓴다.", "앞말과 띄어 쓴다."),
-        ("꼬꼬꼬꼬꼬꼬꼬꼬", "꼬."),
-        ("가나 " * 400, "가나."),
-        ("ㅋㅋㅋㅋ! 이유다ㅋㅋㅋㅋ.", "이유다 ."),
-        ("!" * 700 + "이유다.", "이유다."),
-        ("! ! ! ! 이유다.", "! 이유다."),
-        ("ㅋㅋ", "ㅋㅋ."),
-    ],
-)
-def test_close_reason(reason, closed):
-    assert close_reason(reason) == closed
-    assert close_reason(closed) == closed
-
-
-def test_finish_sets_the_particle():
-    assert finish("\"감.\"가 옳다. '나'가 옳다.") == "\"감.\"이 옳다. '나'가 맞다."
-    assert finish('"가게에 갔') == '"가게에 갔'
-    assert finish('"" 혹은 "나옴."가 옳다. 이유다.') == '"나옴."이 옳다. 이유다.'
-    assert finish('"\' 혹은 ‘\' 또는 ""가 옳다. 이유다.') == '"또는"이 옳다. 이유다.'
-    # Behind 이 the contest would split within the sentence.
-    assert finish('"네 말이 옳음."가 옳다. 이유다.') == '"네 말이 옳음."이 옳다. 이유다.'
-    assert finish('"이것이 옳다는 말."가 옳다. 이유다.') == '"이것이 옳다는 말."가 옳다. 이유다.'
-    assert repair('"이것이 옳다는 말."가 옳다. 이유다.') == ('"이것이 옳다는 말."가 옳다. 이유다.', ())
 
 
 def test_what_cannot_be_asked_for():

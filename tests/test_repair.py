@@ -1,11 +1,13 @@
 """Repair: mends the wrapping, keeps the content, and leaves alone what is right."""
 
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 
 from malpyeong.contest.answer import contest_split, format_problem, parse_answer
 from malpyeong.contest.records import Record, load_records
-from malpyeong.contest.repair import repair
+from malpyeong.contest.repair import close_reason, finish, repair, restore_jamo
 from malpyeong.metrics.exact_match import exact_match
 from malpyeong.report.causes import Cause, find_cause
 from malpyeong.samples import DATA
@@ -21,16 +23,23 @@ from tests.test_answer import ANSWERLIKE
         ('<think>음</think>\n"가."가 옳다. 이유다.', '"가."가 옳다. 이유다.', {"thinking"}),
         ("“그는 ‘가.’라고 했다.”가 옳다. 이유다.", '"그는 ‘가.’라고 했다."가 옳다. 이유다.', {"quotes"}),
         ("'가.'가 옳다. 이유다.", '"가."가 옳다. 이유다.', {"quotes"}),
-        ('"서울"으가 옳다. 이유다.', '"서울"이 옳다. 이유다.', {"으가"}),
-        ('"집에 감."가 옳다. 이유다.', '"집에 감."이 옳다. 이유다.', {"particle"}),
-        ('"갔다."이 옳다. 이유다.', '"갔다."가 옳다. 이유다.', {"particle"}),
+        ('"서울"으가 옳다. 이유다.', '"서울"가 옳다. 이유다.', {"으가"}),
+        ('"집에 감."으가 옳다. 이유다.', '"집에 감."이 옳다. 이유다.', {"으가"}),
+        ('"이것이 옳다는 말."이 옳다. 이유다.', '"이것이 옳다는 말."가 옳다. 이유다.', {"particle"}),
+        ('"배."가 아니라 "사과."가 옳다. 이유다.', '"사과."가 옳다. 이유다.', {"text before"}),
+        ('"가\u1102\u1161."가 옳다. \u1105로 적는다.', '"가나."가 옳다. ㄹ로 적는다.', {"jamo"}),
         ('"가." 가 옳다. 이유다.', '"가."가 옳다. 이유다.', {"space"}),
         ('"가. "가 옳다. 이유다.', '"가."가 옳다. 이유다.', {"space"}),
         ('"가."로 고쳐 쓴다. 이유다.', '"가."가 옳다. 이유다.', {"고쳐 쓴다"}),
+        (
+            "\"집에 감.\"으로 고쳐 쓴다. '나'가 옳다.",
+            "\"집에 감.\"이 옳다. '나'가 맞다.",
+            {"고쳐 쓴다", "second 가 옳다"},
+        ),
         ("\"감.\"이 옳다. '나'가 옳다.", "\"감.\"이 옳다. '나'가 맞다.", {"second 가 옳다"}),
         ('"가."가 옳다.\n이유다.\n둘째.', '"가."가 옳다. 이유다. 둘째.', {"line break"}),
         ('"가."가 옳다 이유다.', '"가."가 옳다. 이유다.', {"verdict"}),
-        ("“갑.” 혹은 “을.”가 옳다. 이유다.", '"갑." 혹은 "을."이 옳다. 이유다.', {"quotes", "particle"}),
+        ("“갑.” 혹은 “을.”으가 옳다. 이유다.", '"갑." 혹은 "을."이 옳다. 이유다.', {"quotes", "으가"}),
     ],
 )
 def test_what_is_mended(answer, mended, kinds):
@@ -46,7 +55,11 @@ def test_what_is_mended(answer, mended, kinds):
         '"가."가 옳다.',  # no reason is made up
         '"가."가 옳다. 이유는 의존 명',
         '"네가 옳다고 했다."가 옳다. 이유다.',  # the sentence's own words stay, though the contest splits there
-        '"bus"이 옳다. 이유다.',  # spelling does not decide
+        '"가."가 옳다.이유다.',  # the contest splits it rightly
+        # The model's own particle is evidence.
+        *('"집에 감."가 옳다. 이유다.', '"갔다."이 옳다. 이유다.', '"케이블"이 옳다. 이유다.', '"bus"이 옳다. 이유다.'),
+        '"이것이 옳다는 말."가 옳다. 이유다.',
+        '"옛말 \u1112\u119e\u11ab과 ㅿ."가 옳다. ㆍ와 ㄹ.',  # whole old syllables, letters as the contest has them
     ],
 )
 def test_what_is_left_alone(answer):
@@ -67,13 +80,56 @@ def test_repair_is_idempotent_and_keeps_the_content(answer):
     assert (mended == answer) == (not kinds)
     assert repair(mended) == (mended, ())
     before, after = parse_answer(answer), parse_answer(mended)
-    assert after.sentences == before.sentences
+    assert after.sentences == (tuple(map(restore_jamo, before.sentences)) if kinds else before.sentences)
     if kinds:
-        reason = " ".join(before.reason.split()).replace("가 옳다", "가 맞다")
+        reason = restore_jamo(" ".join(before.reason.split())).replace("가 옳다", "가 맞다")
         assert " ".join(after.reason.split()).replace("가 옳다", "가 맞다") == reason
         assert contest_split(mended)[1] == after.reason
     elif format_problem(answer) is None:
         assert mended == answer
+
+
+@pytest.mark.parametrize(
+    ("reason", "closed"),
+    [
+        ("이유다. 그러므로", "이유다."),
+        ("이유는 의존 명", "이유는 의존 명."),
+        ("이유다.", "이유다."),
+        ("앞말과 띄어 띄어 띄어 띄어 쓴다.", "앞말과 띄어 쓴다."),
+        ("꼬꼬꼬꼬꼬꼬꼬꼬", "꼬."),
+        ("가나 " * 400, "가나."),
+        ("ㅋㅋㅋㅋ! 이유다ㅋㅋㅋㅋ.", "이유다 ."),
+        ("!" * 700 + "이유다.", "이유다."),
+        ("! ! ! ! 이유다.", "! 이유다."),
+        ("ㅋㅋ", "ㅋㅋ."),
+    ],
+)
+def test_close_reason(reason, closed):
+    assert close_reason(reason) == closed
+    assert close_reason(closed) == closed
+
+
+def test_finish():
+    assert finish("\"감.\"이 옳다. '나'가 옳다.") == "\"감.\"이 옳다. '나'가 맞다."
+    assert finish("\"감.\"가 옳다. '나'가 옳다.") == "\"감.\"가 옳다. '나'가 옳다."
+    assert finish('"가게에 갔') == '"가게에 갔'
+    assert finish('"" 혹은 "나옴."가 옳다. 이유다.') == '"나옴."가 옳다. 이유다.'
+    assert finish('"\' 혹은 ‘\' 또는 ""가 옳다. 이유다.') == '"또는"가 옳다. 이유다.'
+    assert finish('"배."가 아니라 "사과."가 옳다. 이유다. 그') == '"사과."가 옳다. 이유다.'
+    assert finish('"\u1105."가 옳다. 이유다.') == '"ㄹ."가 옳다. 이유다.'
+    assert finish('"\u1105."가 옳다. 이유다.', '"\u1105"을 고치세요.') == '"\u1105."가 옳다. 이유다.'
+
+
+def test_restored_jamo():
+    letters = [chr(code) for code in range(0x3131, 0x318F) if code != 0x3164]
+    for letter in letters:
+        assert restore_jamo(unicodedata.normalize("NFKC", letter)) == letter
+    for text in ("값을 치렀다. 뷁 ㄹ ㆍ ㅿ", "닭, 흙"):
+        assert restore_jamo(unicodedata.normalize("NFD", text)) == text
+        assert restore_jamo(text) == text
+    assert restore_jamo("\u11af") == "ㄹ"
+    for old in ("\u1112\u119e\u11ab", "\u1121\u119e\u11af", "\u1100\u1161\u11eb"):
+        assert restore_jamo(old) == old
 
 
 ADVERSARIAL = {

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,16 +13,27 @@ from hypothesis import strategies as st
 
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.rulebook import Rule, load_rule_book, write_rule_book
 from malpyeong.errors import InputError
 from malpyeong.metrics.rouge import rouge_1
 from malpyeong.models.load import load_tokenizer
 from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import build_messages, fit_contexts, left_out, prompt_ids, prompt_length
-from malpyeong.retrieval.bm25 import BM25, terms
-from malpyeong.retrieval.evaluate import evaluate_examples, evaluate_rules, methods, rank_measures, rouge_matrix
+from malpyeong.prompts.rule_choice import Labels, find_labels
+from malpyeong.retrieval.bm25 import BM25, EditBM25, Index, terms
+from malpyeong.retrieval.edits import asked_edit, edit_between, solved_edit
+from malpyeong.retrieval.evaluate import (
+    evaluate_examples,
+    evaluate_floor,
+    evaluate_rules,
+    example_methods,
+    rank_measures,
+    rouge_matrix,
+    rule_methods,
+)
+from malpyeong.retrieval.neighbours import Neighbours
 from malpyeong.retrieval.question import changed_words, read_question, readings
-from malpyeong.retrieval.search import Document, Retriever, example_documents, rule_documents
-from malpyeong.rules import Rule, load_rule_book, write_rule_book
+from malpyeong.retrieval.search import Document, Retriever, example_documents, read_query, rule_documents
 from malpyeong.samples import DATA, TINY_BASE
 
 TRAIN = load_records(DATA / "train.json", answers="gold")
@@ -45,6 +57,8 @@ def correction(id_, sentence, answer=None):
         (f'"{{가/나}}는 {{다 라/다라/마}}." {CHOOSE}', "는 .", ("가", "나", "다 라", "다라", "마")),
         (f'{CORRECT}\n"밥을 먹던지 자라."', "밥을 먹던지 자라.", ()),
         (f"{CORRECT}\n― 밥을 먹던지.", "― 밥을 먹던지.", ()),
+        ('"{가／나}는 {를, 도}." 고르세요.', "는 {를, 도}. 고르세요.", ("가", "나")),
+        ("다음 중 고르세요.\n- 먹든지.\n- 먹던지.", "다음 중 고르세요. - 먹든지. - 먹던지.", ("먹든지.", "먹던지.")),
         ("다음 문장에 쉼표를 넣으세요.\n\"'{ }'\"", "다음 문장에 쉼표를 넣으세요. '{ }'", ()),
         (
             '다음 중 고르세요.\n"밥을 먹든지."\n"밥을 먹던지."',
@@ -71,9 +85,60 @@ def test_any_question_can_be_read(text):
     assert isinstance(read_question(text).text, str)
     assert all(reading == "".join(reading.split()) for reading in readings(record))
     changed_words(record)
+    for edit in (asked_edit(record), solved_edit(record)):
+        assert all(edit.changed)
+        assert all(edit.around)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "changed", "some_around"),
+    [
+        (["갈게.", "갈께."], {"ㄱ", "ㄲ", "ㄱ|ㄲ"}, {"ㄹㄱ", "ㄹㄲ", "ㄲㅔ", "ㅏㄹㄱ"}),
+        (["할 수", "할수"], {"@SPACE", "|@SPACE"}, {"ㄹ@SPACE", "@SPACEㅅ", "ㄹㅅ", "ㅏㄹㅅ"}),
+        (["가, 나", "가 나"], {",", ",|"}, {"ㅏ,", "ㅏ@SPACE"}),
+        (["물", "물", "불"], {"ㅁ", "ㅂ", "ㅁ|ㅂ"}, {"@STARTㅁ", "@STARTㅂ", "ㅂㅜ"}),
+        (["물", "물"], set(), set()),
+        (["물"], set(), {"@STARTㅁ", "ㅁㅜㄹ", "ㄹ@END"}),
+    ],
+)
+def test_what_an_edit_is_made_of(sentences, changed, some_around):
+    edit = edit_between(sentences)
+    assert set(edit.changed) == {"|".join(sorted(one.split("|"))) for one in changed}
+    assert some_around <= set(edit.around)
+    assert bool(edit.around) == bool(some_around)
+    assert set(edit_between(sentences[::-1]).changed) == set(edit.changed)
+
+
+def test_an_edit_is_known_of_options_and_of_answers():
+    solved = correction("1", "집에 갈께.", '"집에 갈게."가 옳다. 까닭이다.')
+    assert set(asked_edit(choice("1", "집에 {갈게/갈께}.")).changed) == {"ㄱ", "ㄲ", "ㄱ|ㄲ"}
+    assert asked_edit(solved).changed == ()
+    assert set(solved_edit(solved).changed) == {"ㄱ", "ㄲ", "ㄱ|ㄲ"}
+    assert read_query(solved).edit == read_query(correction("1", "집에 갈께.")).edit  # of the question alone
+
+
+def test_examples_are_found_by_the_edit():
+    """The one with the same edit in other words comes before one with the same words and another edit."""
+    same_edit = choice("edit", "이제 그만 {먹을게/먹을께}.", '"이제 그만 먹을게."가 옳다. 뜻.')
+    same_words = choice("words", "나는 {집애/집에} 먼저 가겠다.", '"나는 집에 먼저 가겠다."가 옳다. 뜻.')
+    others = [choice(f"{n}", f"글 {n}을 {{쓴다/슨다}}.", f'"글 {n}을 쓴다."가 옳다. 뜻.') for n in range(20)]
+    documents = example_documents([same_words, same_edit, *others])
+    asked = choice("x", "나는 집에 먼저 {갈께/갈게}.")
+    found = [Retriever(documents, [scorer(documents)]).search(asked, 2) for scorer in (BM25, EditBM25)]
+    assert [[hit.id for hit in hits] for hits in found] == [["words", "edit"], ["edit", "words"]]
+
+
+def test_a_document_that_is_left_out_might_never_have_been_there():
+    bags = [{"물": 2, "불": 1}, {"물": 1}, {"불": 3, "풀": 1}, {"물": 1, "풀": 2}]
+    query = {"물": 1, "불": 2, "풀": 1}
+    whole, without = Index(bags).scores(query, [2]), Index([*bags[:2], bags[3]]).scores(query)
+    assert [*whole[:2], whole[3]] == list(without)
+    assert whole[2] == 0
+    assert list(Index(bags[:1]).scores(query, [0])) == [0]
 
 
 ASKED = choice("7", "그는 밥을 {먹던지/먹든지} 했다.")
+SOLVED = replace(ASKED, answer='"그는 밥을 먹든지 했다."가 옳다. 뜻.')
 
 
 @pytest.mark.parametrize(
@@ -87,10 +152,29 @@ ASKED = choice("7", "그는 밥을 {먹던지/먹든지} 했다.")
         correction("8", "그는 밥을 먹는지 했다.", '"그는 밥을 먹든지 했다."가 옳다. 뜻.'),  # only the answer coincides
     ],
 )
-def test_a_record_is_never_its_own_example(twin):
-    other = correction("9", "그는 떡을 먹던지 했다.", '"그는 떡을 먹든지 했다."가 옳다. 뜻.')
-    documents = example_documents([twin, other])
-    assert [hit.id for hit in Retriever(documents, [BM25(documents)]).search(ASKED, 5)] == ["9"]
+@pytest.mark.parametrize("scorer", [BM25, EditBM25])
+def test_a_solved_question_is_never_its_own_example_and_an_unsolved_one_finds_its_twin_first(twin, scorer):
+    other = choice("9", "그는 떡을 {먹던지/먹든지} 했다.", '"그는 떡을 먹든지 했다."가 옳다. 뜻.')
+    near = choice("10", "그는 밥을 밥을 {먹던지/먹든지} 했다.", '"그는 밥을 밥을 먹든지 했다."가 옳다. 뜻.')
+    documents = example_documents([other, near, twin])
+    retriever = Retriever(documents, [scorer(documents)])
+    assert sorted(hit.id for hit in retriever.search(SOLVED, 5)) == ["10", "9"]
+    found = [hit.id for hit in retriever.search(ASKED, 5)]
+    assert sorted(found) == sorted(["9", "10", twin.id])
+    assert (found[0] == twin.id) == (twin.id == "8")  # a chance id is no twin
+
+
+def test_a_test_question_finds_its_solved_twin_first_and_never_itself():
+    solved = choice("train", "{쎄탁기/세탁기}를 돌렸다.", '"세탁기를 돌렸다."가 옳다. 뜻.')
+    others = [
+        choice(f"{n}", f"{{쎄탁기/세탁기}}를 {n}번 돌렸다.", f'"세탁기를 {n}번 돌렸다."가 옳다. 뜻.') for n in range(9)
+    ]
+    documents = example_documents([*others, solved])
+    retriever = Retriever(documents, [EditBM25(documents)])
+    asked = replace(solved, id="test", answer=None)
+    assert retriever.search(asked, 1)[0].id == "train"
+    assert "train" not in [hit.id for hit in retriever.search(replace(asked, id="train"), 20)]
+    assert "train" not in [hit.id for hit in retriever.search(replace(solved, id="dev"), 20)]
 
 
 def test_no_training_record_finds_a_twin():
@@ -111,7 +195,7 @@ def test_a_rule_is_not_passed_over_for_its_id():
 def test_bm25_by_hand():
     """Lucene's BM25 of one term that two of three documents have: idf · tf / (tf + k1 (1 - b + b · length / mean))."""
     documents = [Document("가", "물 물"), Document("나", "물 불"), Document("다", "불 풀")]
-    scores = BM25(documents, bigrams=False).scores([read_question("물")])[0]
+    scores = BM25(documents, bigrams=False).scores([read_query(correction("1", "물"))])[0]
     idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
     assert terms("물 불", bigrams=False) == ("물", "불")
     assert scores[:2] == pytest.approx([idf * 2 / (2 + 1.5), idf * 1 / (1 + 1.5)], rel=1e-5)
@@ -120,8 +204,8 @@ def test_bm25_by_hand():
 
 def test_the_focus_counts_more():
     documents = [Document("options", "왠지 웬지"), Document("sentence", "오늘 아침 하늘 구름 바람")]
-    question = read_question(f'"오늘 아침 하늘 구름이 {{왠지/웬지}} 바람 같다." {CHOOSE}')
-    plain, weighted = (BM25(documents, focus_weight=weight).scores([question])[0] for weight in (0, 20))
+    query = read_query(choice("1", "오늘 아침 하늘 구름이 {왠지/웬지} 바람 같다."))
+    plain, weighted = (BM25(documents, focus_weight=weight).scores([query])[0] for weight in (0, 20))
     assert weighted[0] / weighted[1] > 2 * plain[0] / plain[1]
 
 
@@ -156,8 +240,8 @@ class Fixed:
     def __init__(self, *scores):
         self._scores = np.array([scores], dtype=np.float32)
 
-    def scores(self, questions):
-        return self._scores.repeat(len(questions), axis=0)
+    def scores(self, queries, left_out=None):
+        return self._scores.repeat(len(queries), axis=0)
 
 
 def test_fusion_by_hand():
@@ -178,6 +262,7 @@ def test_rank_measures_by_hand():
     assert means == pytest.approx(
         {
             "Recall@1": 0.25,
+            "Recall@3": 0.5,
             "Recall@5": 0.5,
             "Recall@10": 0.5,
             "Recall@30": 0.75,
@@ -246,11 +331,95 @@ def test_examples_are_measured_by_their_reasons():
 def test_on_the_sample_data_every_step_is_far_above_chance():
     labels = {id_: label["rule"] for id_, label in json.loads((DATA / "labels.json").read_text("utf-8")).items()}
     records = load_records(DATA / "dev.json", answers="gold")
-    table = evaluate_rules(records, labels, RULES, methods(rule_documents(RULES)))
+    table = evaluate_rules(records, labels, RULES, rule_methods(RULES))
     recall = {name: row["Recall@5"] for name, row in table.items()}
     plain, weighted = recall["BM25, morphemes"], recall["BM25, + weighted words"]
     assert recall["random"].mean < 0.05 < 0.3 < plain.low
     assert plain.mean + 0.1 < weighted.mean < recall["oracle"].mean
+
+
+def test_the_search_of_examples_and_rules_on_the_sample_data():
+    """Examples found by the edit are above those found by words and reasons, and neighbours' rules above BM25's."""
+    records = load_records(DATA / "test.json", answers="gold")
+    examples = example_methods(example_documents(TRAIN))
+    table = evaluate_examples(records, {}, TRAIN, examples)
+    assert table["questions and edits"]["above questions and reasons"].low > 0
+    labels = find_labels(DATA / "labels.json", [*records, *TRAIN])
+    right = {record.id: label.best_of_all for record, label in zip(records, labels, strict=False)}
+    rules = evaluate_rules(records, right, RULES, rule_methods(RULES, None, None, TRAIN, labels[len(records) :]))
+    assert rules["neighbours' labels and texts"]["Recall@3"].low > rules["BM25, + weighted words"]["Recall@3"].high
+
+
+def test_the_floor_by_hand():
+    """The first option or the unchanged sentence, with the nearest reason: each as the contest would score it."""
+    near = choice("1", "불을 {켠다/컨다}.", '"불을 켠다."가 옳다. 소리대로 적는다.')
+    asked = [
+        choice("2", "불을 다시 {켠다/컨다}.", '"불을 다시 켠다."가 옳다. 소리대로 적는다.'),
+        choice("3", "불을 다시 {컨다/켠다}.", '"불을 다시 켠다."가 옳다. 소리 나는 대로 적는다.'),
+        correction("4", "불을 다시 켠다.", '"불을 다시 켠다."가 옳다.'),
+    ]
+    documents = example_documents([near])
+    row = evaluate_floor(asked, Retriever(documents, [EditBM25(documents)]))["no model"]
+    assert row["EM"].mean == pytest.approx(2 / 3)
+    overlap = rouge_1("소리대로 적는다.", "소리 나는 대로 적는다.")
+    assert row["ROUGE-1"].mean == pytest.approx((1 + overlap) / 2)
+    assert row["format"].mean == 1
+
+
+# Rules that neighbours needed
+
+
+def labelled(records):
+    return find_labels(DATA / "labels.json", records)
+
+
+def test_neighbours_vote_with_similarity_and_share_of_the_gain():
+    texts = ["불을 켠다", "불을 끈다", "물을 긷는다"]
+    solved = [correction(f"{n}", f"{text}.", f'"{text}."가 옳다. 뜻.') for n, text in enumerate(texts)]
+    rules = [Rule(name, "분류", "글") for name in "가나다"]
+    labels = [Labels({"가": 0.4, "나": 0.1}, mined=True), None, Labels({"다": 1.0})]
+    query = read_query(correction("x", "불을 켠다!"))
+    documents = example_documents(solved)
+    scores = Retriever(documents, [EditBM25(documents)]).scores([query], [()])[0]
+    (votes,) = Neighbours(solved, labels, rules, None).votes([query])
+    assert scores[0] == scores.max()
+    assert votes == pytest.approx([1, 0.25, (scores[2] / scores[0]) ** 2])
+
+
+def test_nothing_of_a_questions_own_answer_or_label_reaches_its_candidates():
+    records = TRAIN[:120]
+    labels = labelled(records)
+    texts = Retriever(rule_documents(RULES), [BM25(rule_documents(RULES))])
+
+    def candidates(asked, examples, given):
+        return Neighbours(examples, given, RULES, texts).search_all([asked], 10)[0]
+
+    twins = Retriever(example_documents(records), ())
+    neighbours = Neighbours(records, labels, RULES, texts)
+    for place, (record, found) in enumerate(zip(records, neighbours.search_all(records, 10), strict=True)):
+        if place % 10:
+            continue
+        other = replace(record, answer='"전혀 다른 글입니다."가 옳다. 딴 이유다.')
+        changed = [*records[:place], other, *records[place + 1 :]]
+        assert candidates(other, changed, labels) == found
+        if twins.withheld(read_query(record)) == {place}:  # no twin that only a question without an answer may find
+            assert candidates(replace(record, answer=None), changed, labels) == found
+        for label in (None, Labels({RULES[0].id: 1.0})):
+            assert candidates(record, records, [*labels[:place], label, *labels[place + 1 :]]) == found
+        # It and its label might not be there at all.
+        assert (
+            candidates(record, [*records[:place], *records[place + 1 :]], [*labels[:place], *labels[place + 1 :]])
+            == found
+        )
+
+
+def test_the_label_of_a_twin_votes_only_where_the_question_has_no_answer():
+    twin = choice("1", "그는 밥을 {먹던지/먹든지} 했다.", '"그는 밥을 먹든지 했다."가 옳다. 뜻.')
+    other = choice("2", "아주 {다른/다룬} 글이다.", '"아주 다른 글이다."가 옳다. 뜻.')
+    rules = [Rule(name, "분류", "글") for name in "가나"]
+    neighbours = Neighbours([twin, other], [Labels({"가": 1.0}), Labels({"나": 1.0})], rules, None)
+    assert neighbours.search_all([ASKED], 1)[0][0].id == "가"
+    assert neighbours.search_all([SOLVED], 1)[0][0].id == "나"
 
 
 # Context files and prompts
@@ -284,7 +453,7 @@ def context_file(folder):
 def test_search_writes_what_prompts_read(folder, context_file):
     records = load_records(folder / "train.json")
     documents = example_documents(records)
-    retriever = Retriever(documents, [BM25(documents)])
+    retriever = Retriever(documents, [EditBM25(documents)])
     for record, context in zip(records, load_contexts(context_file, records), strict=True):
         assert [example.id for example in context.examples] == [hit.id for hit in retriever.search(record, 4)]
         assert all(example.answer for example in context.examples)
@@ -307,7 +476,18 @@ def test_contexts_of_another_question_are_refused(context_file):
 
 
 def with_itself(line):
-    return {**line, "question": line["examples"][0]["record"]["input"]["question"]}
+    example = line["examples"][0]["record"]
+    return {**line, "id": example["id"], "question": example["input"]["question"]}
+
+
+def test_an_identical_question_is_an_example_only_of_one_without_an_answer(context_file, tmp_path):
+    line = json.loads(context_file.read_text("utf-8").split("\n")[0])
+    twin = Record("another id", "선택형", with_itself(line)["question"])
+    path = tmp_path / "context.jsonl"
+    path.write_text(json.dumps({**with_itself(line), "id": twin.id}), encoding="utf-8")
+    assert load_contexts(path, [twin])[0].examples[0].question == twin.question
+    with pytest.raises(InputError, match='id "another id": the question itself is among'):
+        load_contexts(path, [replace(twin, answer='"물."이 옳다. 뜻.')])
 
 
 @pytest.mark.parametrize(
@@ -327,6 +507,9 @@ def test_defective_context_files(context_file, tmp_path, change, message):
         load_contexts(path, [])
 
 
+LABELLED = (*("search", "test.json", "-o", "x.jsonl", "--rules", "rules.json", "--examples", "train.json", "--labels"),)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -334,6 +517,10 @@ def test_defective_context_files(context_file, tmp_path, change, message):
         (("search", "test.json", "-o", "test.json", "--rules", "rules.json"), "would overwrite"),
         (("search", "test.json", "-o", "x.jsonl", "--examples", "test.json"), '"output" is missing|no "output"|output'),
         (("search", "test.json", "-o", "x.jsonl", "--rules", "rules.json", "--dense", "no/such"), "no sentence-transf"),
+        (("search", "test.json", "-o", "x.jsonl", "--rules", "rules.json", "--labels", "few.json"), "--examples too"),
+        ((*LABELLED, "few.json"), "no solved question has a label"),
+        ((*LABELLED, "other.json"), "the same to the letter"),
+        (("evaluate", "train.json", "--rules", "rules.json"), "name --labels too"),
         (("evaluate", "train.json", "--labels", "labels.json", "--rules", "rules.json"), "labels.json: no such file"),
         (("evaluate", "train.json", "--labels", "few.json", "--rules", "rules.json"), "has no label for id"),
         (("evaluate", "train.json", "--labels", "other.json", "--rules", "rules.json"), "the same to the letter"),
@@ -351,6 +538,18 @@ def test_mistakes_end_in_one_line(folder, arguments, message):
     assert not (folder / "x.jsonl").exists()
 
 
+def test_search_with_labels_finds_what_neighbours_needed(folder, tmp_path):
+    records = load_records(folder / "train.json")
+    write_rule_book(folder / "all rules.json", RULES)
+    files = ("--rules", folder / "all rules.json", "--examples", folder / "train.json", "--rules-k", 4)
+    result = run("search", folder / "train.json", "-o", tmp_path / "c.jsonl", *files, "--labels", DATA / "labels.json")
+    assert result.returncode == 0, result.stderr
+    texts = Retriever(rule_documents(RULES), [BM25(rule_documents(RULES))])
+    found = Neighbours(records, labelled(records), RULES, texts).search_all(records, 4)
+    contexts = load_contexts(tmp_path / "c.jsonl", records)
+    assert [[rule.id for rule in one.rules] for one in contexts] == [[hit.id for hit in hits] for hits in found]
+
+
 def test_evaluate_prints_a_table_for_every_file(folder):
     found = run(
         *("evaluate", DATA / "unseen.json", "--labels", DATA / "labels.json", "--rules", DATA / "rules.json"),
@@ -358,10 +557,21 @@ def test_evaluate_prints_a_table_for_every_file(folder):
     )
     assert found.returncode == 0, found.stderr
     (tables,) = json.loads(found.stdout).values()
-    assert list(tables["rules"]) == list(tables["examples"])
-    rows = list(tables["rules"])
-    assert (rows[0], rows[-1]) == ("random", "oracle")
+    assert list(tables) == ["rules", "examples", "floor"]
+    for kind, best in (("rules", "neighbours' labels and texts"), ("examples", "questions and edits")):
+        rows = list(tables[kind])
+        assert (rows[0], rows[-2], rows[-1]) == ("random", best, "oracle")
     assert tables["rules"]["random"]["Recall@5"]["mean"] == pytest.approx(5 / 140)
+
+
+def test_examples_are_measured_without_labels(folder):
+    found = run("evaluate", folder / "train.json", "--examples", folder / "train.json", "--json")
+    assert found.returncode == 0, found.stderr
+    (tables,) = json.loads(found.stdout).values()
+    assert list(tables) == ["examples", "floor"]
+    assert list(tables["floor"]["no model"]) == ["EM", "ROUGE-1", "format"]
+    rows = {name: row["copied reason ROUGE-1"]["mean"] for name, row in tables["examples"].items()}
+    assert rows["random"] < rows["questions and edits"] < rows["oracle"]
 
 
 def test_bm25_loads_no_torch(folder, tmp_path):
@@ -463,8 +673,8 @@ def test_the_reranker_orders_the_best_by_its_own_scores(cross_encoder):
     documents, reranker = rule_documents(RULES), Reranker(cross_encoder)
     plain = Retriever(documents, [BM25(documents)]).search(TRAIN[0], 60)
     hits = Retriever(documents, [BM25(documents)], reranker).search(TRAIN[0], 60)
-    question = read_question(TRAIN[0].question)
-    scores = reranker.scores([(question, documents[hit.position].text) for hit in plain[:30]])
+    query = read_query(TRAIN[0])
+    scores = reranker.scores([(query, documents[hit.position].text) for hit in plain[:30]])
     order = sorted(range(30), key=lambda place: (-scores[place], place))
     assert [hit.id for hit in hits] == [plain[place].id for place in order] + [hit.id for hit in plain[30:]]
     assert [hit.id for hit in hits] != [hit.id for hit in plain]
@@ -483,7 +693,7 @@ def test_evaluate_with_models(folder, embedder, cross_encoder):
         *("--examples", folder / "train.json", "--dense", embedder, "--reranker", cross_encoder),
     )
     assert result.returncode == 0, result.stderr
-    for method in ("random", "BM25, morphemes", "dense", "BM25 and dense, fused", "reranked", "oracle"):
+    for method in ("random", "dense", "BM25 and dense, fused", "reranked", "oracle"):
         assert result.stdout.count(f"\n| {method} |") == 2
 
 

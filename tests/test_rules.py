@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from malpyeong.contest.rulebook import Rule, load_rule_book, write_rule_book
+from malpyeong.contest.rulebook_reader import build_rule_book
 from malpyeong.errors import InputError
-from malpyeong.rules import Rule, build_rule_book, load_rule_book, write_rule_book
 from malpyeong.samples import DATA
 
 SECTIONS = {  # category → (norm, how many): 115 sections with the distribution of the contest's document
@@ -205,7 +206,7 @@ def test_shared_headings_are_numbered_and_repeated_sections_kept_once(tmp_path):
 def test_what_only_looks_like_a_heading_stays_text_and_is_reported(tmp_path):
     rules, notes = build(
         tmp_path,
-        "<띄어쓰기 - 한글 맞춤법 제1항>\n〈한국의 미 - 백자〉\n<보기>\n앞말 <띄어쓰기 - 한글 맞춤법 제3항>\n"
+        "<띄어쓰기 - 한글 맞춤법 제1항>\n〈한국의 미 - 백자〉\n<보기>\n앞말 <띄어쓰기 - 한글 맞춤법 제3항>에 따라\n"
         "<띄어쓰기 - 한글 맞춤법 제4항\n\n끝.\n"
         "<띄어쓰기 - 일러두기>\n본문.\n<띄어쓰기 - 한글 맞춤법 제5항>",
     )
@@ -214,6 +215,49 @@ def test_what_only_looks_like_a_heading_stays_text_and_is_reported(tmp_path):
     reported = [note.split(":")[0] for note in notes]
     assert reported == ["line 2", "line 4", "line 5", "line 10"]
     assert "has no text" in notes[-1]
+
+
+def test_headings_in_the_middle_of_a_line(tmp_path):
+    rules, notes = build(
+        tmp_path,
+        "<띄어쓰기 - 한글 맞춤법 제2항> 첫 문장. 앞 문장. ‹띄어쓰기 - 한글 맞춤법 제41항> 뒤 문장.\n"
+        "다음 문장 <띄어쓰기 - 한글\n맞춤법 제42항>의존 명사(<띄어쓰기 - 한글 맞춤법 제2항> 참조).\n"
+        "<문장 부호 - 규정> 가나다〈한국의 미 - 백자〉 라마바",
+    )
+    assert [(rule.id, rule.text) for rule in rules] == [
+        ("한글 맞춤법 제2항", "첫 문장. 앞 문장."),
+        ("한글 맞춤법 제41항", "뒤 문장.\n다음 문장"),
+        ("한글 맞춤법 제42항", "의존 명사(<띄어쓰기 - 한글 맞춤법 제2항> 참조)."),
+        ("문장 부호 규정", "가나다〈한국의 미 - 백자〉 라마바"),
+    ]
+    assert [note.split(":")[0] for note in notes] == ["line 3"]
+
+
+def test_a_document_of_one_line(tmp_path):
+    rules, _ = build(tmp_path, " ".join(f"{heading} {' '.join(text.split())}" for heading, text in invented_sections()))
+    assert [rule.id for rule in rules] == expected_ids()
+    assert [rule.text for rule in rules] == [" ".join(text.split()) for _, text in invented_sections()]
+
+
+def test_more_headings_left_than_sections_found(tmp_path, run_module):
+    path = tmp_path / "document.txt"
+    path.write_text(
+        "<띄어쓰기 - 한글 맞춤법 제1항>\n가.\n" + "띄어쓰기 한글 맞춤법 제2항> 나. 한글 맞춤법 제3항> 다.\n", "utf-8"
+    )
+    result = run_module("-m", "malpyeong.rules", "build", path, "-o", tmp_path / "rules.json")
+    assert result.returncode == 2
+    assert "1 sections were found, but 2 other places" in result.stderr
+    assert "line 3" in result.stderr
+    assert not (tmp_path / "rules.json").exists()
+
+
+def test_words_that_a_line_end_cuts_are_joined_where_line_ends_tell(tmp_path):
+    heading = "<띄어쓰기 - 한글 맞춤법 제1항> \n"
+    cut = "비가 올 듯하여 먼 길에 우\n산을 샀다. \n한 줄은 여기서 \n끝난다.\n다음 줄이다. "
+    (rule,), _ = build(tmp_path, heading + cut)
+    assert rule.text == "비가 올 듯하여 먼 길에 우산을 샀다.\n한 줄은 여기서\n끝난다.\n다음 줄이다."
+    (rule,), _ = build(tmp_path, heading + cut.replace(" \n", "\n"))  # no evidence: every line end is a line end
+    assert rule.text == "비가 올 듯하여 먼 길에 우\n산을 샀다.\n한 줄은 여기서\n끝난다.\n다음 줄이다."
 
 
 @pytest.mark.parametrize(
@@ -247,7 +291,7 @@ def test_characters_that_cannot_be_read_are_reported(tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        ("그냥 글이다.".encode(), "no line begins with a heading"),
+        ("그냥 글이다.".encode(), "no heading like"),
         ("띄어쓰기".encode("cp949"), "not UTF-8"),
         ("<띄어쓰기 - 한글 맞춤법 제1항>".encode(), "none of the 1 sections has any text"),
         (b"%PDF-1.7\nrubbish", "cannot be read as PDF"),

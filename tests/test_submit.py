@@ -1,10 +1,16 @@
 """The submission: filled into the question file, checked, and never in the place of an input."""
 
 import json
+import random
+import unicodedata
 
+import llguidance
 import pytest
 
+from malpyeong.contest.answer import answer_grammar, reason_grammar
+from malpyeong.contest.question import verdicts
 from malpyeong.contest.records import Record
+from malpyeong.contest.repair import finish, repair
 from malpyeong.submit import changed_regions, problems, warnings
 
 
@@ -15,8 +21,13 @@ from malpyeong.submit import changed_regions, problems, warnings
         ("", "empty"),
         ("모르겠다.", "takes the whole text"),
         ('"가."가 옳다.', "no reason"),
-        ("“가.”가 옳다. 이유다.", "curly quotes"),
+        ("“가.”가 옳다. 이유다.", "straight double quote"),
         ('"\u1100\u1161."가 옳다. 이유다.', "damaged jamo"),
+        ('"가."가 옳다. \u119e와 \u1140과 \u114c과 \u1159은 이제 쓰지 않는다.', "damaged jamo"),
+        ('"가."가 옳다. ㆍ와 ㅿ과 ㆁ과 ㆆ은 이제 쓰지 않는다.', None),
+        ('"가."가 옳다. 옛말은 \u1121\u119e\u11af이다.', None),
+        ('"배."가 아니라 "사과."가 옳다. 이유다.', "another sentence"),
+        ('"가."가 옳다.이유다.', None),
         ('"\ufffd."가 옳다. 이유다.', "replacement character"),
         ('정답: "가."가 옳다. 이유다.', "text before"),
     ],
@@ -26,9 +37,15 @@ def test_problems(answer, problem):
     assert found == [] if problem is None else any(problem in text for text in found)
 
 
-def test_marks_that_the_question_asks_about_are_no_problem():
-    asked = Record("1", "교정형", "“ ”와 옛글 \u1112\u119e\u11ab", '"“ ”와 옛글 \u1112\u119e\u11ab"이 옳다. 이유다.')
-    assert not any("curly" in text or "jamo" in text for text in problems(asked))
+@pytest.mark.parametrize("letter", "ㄹㅡㆍㅿㆁㆆㅸㆎ")
+def test_letters_that_nfkc_replaces_are_damage_unless_the_question_has_them(letter):
+    damaged = unicodedata.normalize("NFKC", letter)
+    answer = f'"가."가 옳다. {damaged}의 이름이다.'
+    assert problems(Record("1", "교정형", f"{letter}의 이름은?", answer)) == [
+        "damaged jamo (the text went through NFD or NFKC; do not normalise answers)"
+    ]
+    assert problems(Record("1", "교정형", f"{damaged}의 이름은?", answer)) == []
+    assert problems(Record("1", "교정형", f"{letter}의 이름은?", repair(answer)[0])) == []
 
 
 CHOICE = ("선택형", '"{가다가/가다}." 가운데 올바른 것을 선택하세요.')
@@ -41,7 +58,8 @@ CHOICE = ("선택형", '"{가다가/가다}." 가운데 올바른 것을 선택�
         ('"가다가." 혹은 "가다."가 옳다. 이유다.', None),
         ('"가다가"가 옳다. 이유다.', 'none of the options; the nearest is "가다가."'),
         ('"나다."가 옳다. 이유다.', 'the nearest is "가다."'),
-        ('"가다."이 옳다. 이유다.', "particle 이 where the sentence calls for 가"),
+        ('"가다."이 옳다. 이유다.', None),
+        ('"가다."가 아니라 "가다가."가 옳다. 이유다.', "another sentence"),
     ],
 )
 def test_an_answer_is_held_to_the_options(answer, problem):
@@ -50,11 +68,28 @@ def test_an_answer_is_held_to_the_options(answer, problem):
 
 
 @pytest.mark.parametrize(
+    ("answer", "warning"),
+    [
+        *(('"나는 밥을 먹음."이 옳다. 이유다.', None), ('"나는 밥을 먹음."가 옳다. 이유다.', "particle 가")),
+        *(('"케이블"가 옳다. 이유다.', None), ('"케이블"이 옳다. 이유다.', "particle 이")),
+        *(('"접수 기간: 5월 2일"가 옳다. 이유다.', None), ('"그가 왔어?"이 옳다. 이유다.', "particle 이")),
+        ('"“가.”"가 옳다. 이유다.', "curly quotes"),
+    ],
+)
+def test_what_may_be_right_is_no_problem(answer, warning):
+    record = Record("1", "선택형", "질문", answer)
+    found = warnings(record)
+    assert found == [] if warning is None else len(found) == 1 and warning in found[0]
+    assert problems(record) == []
+
+
+@pytest.mark.parametrize(
     ("sentence", "warning"),
     [
         ("할 수 있는 일은 많다.", None),
         ("할수있는 일은 많다.", "unchanged"),
         ("할 수 있는 일은 없지만 좋다.", "2 places"),
+        ("해야 할 말이 없다.", "unlike"),
         ("가" * 2_000, "more than"),
     ],
 )
@@ -63,6 +98,75 @@ def test_unusual_corrections_are_warnings(sentence, warning):
     found = warnings(record)
     assert found == [] if warning is None else len(found) == 1 and warning in found[0]
     assert problems(record) == []
+
+
+# What format, split and parser trip over, to be put together by chance.
+AWKWARD = (
+    *('"', "'", "“", "”", "‘", "’", " ", "\u00a0", "\n", "#", "```", "<think>", "\u202e", "\ufffd", "ㄹ", "ㅋㅋ"),
+    *("…", "!", ". ", "a", "1"),
+    *("가 옳다", "이 옳다", "으가 옳다", "옳다", "으로 고쳐 쓴다", '"가 옳다. ', '"이 옳다. ', "가", "이", " 가 가 가"),
+    *("혹은", '" 혹은 "', "' 또는 “", '"가 아니라 "', "\"이 아니고 '", "갔다.", "감", "감.", "가" * 7),
+    *("\u1100", "\u1161", "\u119e", "\u11af", "\u1112\u119e\u11ab"),
+)
+
+
+def test_nothing_that_constrained_decoding_writes_is_a_problem():
+    tokenizer, chance = llguidance.LLTokenizer("byte"), random.Random(0)
+    choice = Record("1", "선택형", '"나는 {갔음/“감”}." 가운데 올바른 것을 선택하세요.')
+    correction = Record("2", "교정형", '다음 문장을 고치세요.\n"나는 갔음."')
+
+    def accepted(matcher, text):
+        fresh, ids = matcher.deep_copy(), tokenizer.tokenize_str(text)
+        return fresh.try_consume_tokens(ids) == len(ids) and fresh.is_accepting()
+
+    free = llguidance.LLMatcher(tokenizer, answer_grammar())
+    after = {verdict: llguidance.LLMatcher(tokenizer, reason_grammar(verdict)) for verdict in verdicts(choice)}
+    assert len(after) == 4
+    seen = 0
+    for _ in range(12_000):
+        head, tail = ("".join(chance.choices(AWKWARD, k=chance.randint(1, 6))) for _ in range(2))
+        reason = f" {tail}{chance.choice(['.', '!”', '…', ''])}"
+        verdict = chance.choice(list(after))
+        for record, text, matcher, rest in (
+            (correction, f'"{head}"{chance.choice("가이")} 옳다.{reason}', free, None),
+            (choice, verdict + reason, after[verdict], reason),
+        ):
+            if accepted(matcher, rest or text):
+                seen += 1
+                answer = finish(text, record.question)
+                assert problems(record.with_answer(answer)) == [], (text, answer)
+                assert repair(answer, record.question) == (answer, ()), text
+                assert finish(answer, record.question) == answer
+    assert seen > 2_000
+
+
+def test_nothing_that_repair_mends_is_a_problem():
+    chance = random.Random(0)
+    record = Record("1", "교정형", "다음 문장을 고치세요.")
+    sentences = (
+        "나는 밥을 먹음.",
+        "케이블",
+        "그가 왔어?",
+        "이것이 옳다는 말.",
+        '"네."라고 했다.',
+        "ㄹ은 \u1105이다.",
+        "“가.”",
+    )
+    reasons = ("이유다.", "'나'가 옳다.", "첫째.\n둘째이다.", "\u1102\u1161는 '다'이 옳다.")
+    kinds = set()
+    for _ in range(2_000):
+        opening, closing = chance.choice(
+            [('"', '"'), ("“", "”"), ("'", "'"), ('정답: "', '" '), ('"배."가 아니라 "', '"')]
+        )
+        particle = chance.choice(["가", "이", "으가", "로 고쳐 쓴다", "으로 고쳐 쓴다"])
+        verdict = particle if "쓴다" in particle else f"{particle} 옳다"
+        text = f"{opening}{chance.choice(sentences)}{closing}{verdict}.{chance.choice(['', ' ', chr(10)])}"
+        text = chance.choice(["%s", "```\n%s\n```", "<think>음</think>%s", " %s "]) % (text + chance.choice(reasons))
+        mended, mends = repair(text, record.question)
+        kinds.update(mends)
+        if mends:
+            assert problems(record.with_answer(mended)) == [], (text, mended)
+    assert len(kinds) >= 9
 
 
 def test_changed_regions():

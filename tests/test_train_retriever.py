@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from malpyeong.contest.records import load_records, write_records
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.models.load import load_tokenizer
 from malpyeong.retrieval.evaluate import evaluate_rules
 from malpyeong.retrieval.neural import Dense, load_encoder
 from malpyeong.retrieval.search import Retriever, rule_documents
-from malpyeong.rules import load_rule_book
 from malpyeong.samples import DATA, TINY_BASE
 
 ROOT = Path(__file__).parent.parent
@@ -73,10 +73,13 @@ def test_training_makes_a_better_encoder(base, questions, tmp_path):
     )
     assert after > before + 0.05
     assert {path.name for path in output.iterdir()} >= {"config.yaml", "environment.json", "model"}
+    tokenizer = json.loads((output / "model" / "tokenizer_config.json").read_text("utf-8"))
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     again = train(*overrides(base, questions, output), "data.negatives=0", "--resume", "auto")
     assert "this run has ended already" in again.stdout
     other = train(*overrides(base, questions, output), "--resume", "auto")
     assert "another recipe or other data (different: data.negatives)" in other.stderr
+    assert "add data.negatives=0 to go on" in other.stderr
 
 
 def test_a_lora_adapter_is_merged_and_labels_may_be_mined(base, questions, tmp_path):
@@ -104,6 +107,7 @@ def test_a_lora_adapter_is_merged_and_labels_may_be_mined(base, questions, tmp_p
     [
         ("training.scales=3", "did you mean scale"),
         ("data.negatives=140", "has only 140 rules"),
+        ('model.lora={"target_modules": ["q_proj", "kv_proj"]}', "no layer kv_proj; nearest: "),
         ("model.max_length=64", "do not fit model.max_length=64"),
         ("model.name=no/such", "no sentence-transformers model can be loaded"),
         (f"data.labels={DATA / 'rules.json'}", "expected an object like"),

@@ -113,9 +113,10 @@ def test_sft_learns_and_leaves_a_complete_folder(sft_run):
     log = json.loads((sft_run / "log.json").read_text("utf-8"))
     dev = [row["eval_loss"] for row in log if "eval_loss" in row]
     assert dev[-1] < dev[0]
+    assert all(("loss" in row) == ("step_seconds" in row) for row in log)
     environment = json.loads((sft_run / "environment.json").read_text("utf-8"))
     assert environment["versions"]["trl"] == "1.14.2"
-    assert len(environment["sha256"]) == 2
+    assert environment["sha256"].keys() == {"data.train", "data.dev", "model.name"}
     assert "learning_rate: 0.002" in (sft_run / "config.yaml").read_text("utf-8")
     assert any(tensor.abs().max() > 0 for name, tensor in weights(sft_run).items() if "lora_B" in name)
 
@@ -190,6 +191,12 @@ def test_run_page_shows_curves_and_sampled_groups(grpo_run, open_page, tmp_path)
 def test_run_page_of_a_run_in_progress_and_on_a_phone(stage, sft_run, grpo_run, open_page, tmp_path):
     whole, run = {"sft": sft_run, "grpo": grpo_run}[stage], tmp_path / "run"
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("adapter", "log.json"))
+    state = last_checkpoint(run) / "trainer_state.json"
+    found = json.loads(state.read_text("utf-8"))
+    for row in found["log_history"]:
+        if "step_seconds" in row:  # as on a GPU
+            row |= {"peak_allocated_gib": 11.2, "peak_reserved_gib": 12.4}
+    state.write_text(json.dumps(found), encoding="utf-8")
     # A newer checkpoint and a table that are being written just now.
     (run / "checkpoint-9999").mkdir()
     (run / "checkpoint-9999" / "trainer_state.json").write_text('{"global_st')
@@ -197,7 +204,10 @@ def test_run_page_of_a_run_in_progress_and_on_a_phone(stage, sft_run, grpo_run, 
     (run / "completions" / "completions_09999.parquet").write_bytes(b"PAR1")
     page = open_page(write_run_page(run, tmp_path / "run.html"), width=360)
     assert "체크포인트" in page.inner_text(".notice")
-    assert page.locator("figure").count() == {"sft": 4, "grpo": 10}[stage]
+    assert page.locator("figure").count() == {"sft": 6, "grpo": 11}[stage]
+    cards = page.inner_text(".cards")
+    assert "11.2 GiB" in cards
+    assert "한 단계" in cards
     assert page.locator("section.group").count() == {"sft": 0, "grpo": 6}[stage]
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert (run / "checkpoint-9999").exists()  # looking changes nothing
@@ -245,7 +255,9 @@ def test_grpo_with_all_of_the_contests_metrics(data, sft_run, tmp_path):
             assert f"rewards/{name}/mean" in row
             assert row[f"group_std/{name}"] >= 0
         assert 0 <= row["dead_groups"] <= 1
-        assert 0 < row["reward_seconds"] < row["step_time"]
+        parts = [row[f"{part}_seconds"] for part in ("generate", "reward", "update")]
+        assert all(seconds > 0 for seconds in parts)
+        assert sum(parts) == pytest.approx(row["step_seconds"])
 
 
 def test_a_run_of_dead_groups_stops_and_says_why(data, sft_run, tmp_path):
@@ -311,11 +323,11 @@ def test_resuming_with_other_data_is_refused(data, sft_run, tmp_path):
     run = tmp_path / "run"
     copy_run(sft_run, run)
     recorded = json.loads((run / "environment.json").read_text("utf-8"))
-    recorded["sha256"][str(data / "train.jsonl")] = "0" * 64
+    recorded["sha256"]["data.train"] = "0" * 64
     (run / "environment.json").write_text(json.dumps(recorded), "utf-8")
     process = start(*sft_command(data, run), "--resume", "auto")
     assert process.wait() == 2
-    assert "train.jsonl" in process.stdout.read()
+    assert f"data.train {data / 'train.jsonl'}" in process.stdout.read()
 
 
 def test_resuming_with_another_recipe_is_refused(data, sft_run):

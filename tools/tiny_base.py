@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from malpyeong.contest.answer import INSTRUCTION
 from malpyeong.files import digest, new_folder
-from malpyeong.samples.bank import Item, draw_words, fill, load_rules
-from malpyeong.samples.build import CHOOSE, CORRECT, build_splits, conclusion, split_frames
+from malpyeong.terminal import Command
+from tools.samples.build import CHOOSE, CORRECT, build_splits, conclusion, split_frames
+from tools.samples.items import Item, draw_words, fill, load_rules
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINKING = ("<think>", "</think>")
@@ -128,7 +129,7 @@ def batches(rng: random.Random, tokenizer: PreTrainedTokenizerFast, rows: int, l
             stream = []
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--steps", default=4000, show_default=True)
 @click.option("--hidden", default=192, show_default=True)

@@ -1,8 +1,9 @@
 """Presets of a card: what ``gpu: t4 | 24gb | 40gb | 80gb`` in a recipe stands for.
 
 A table of numbers, no logic: a key that the recipe or the command line states is left alone. By the estimate of
-``malpyeong.models.memory`` every model of ``recipes/`` fits with Unsloth, on a T4 those below 7B; docs/gpu.md has the
-table, and the doctor names the lever for the rest. SFT has 16 answers a step on every card; GRPO's number depends on
+``malpyeong.models.memory`` every model of ``recipes/`` fits with Unsloth (on a T4 those below 7B and one of 7B, on 24
+GB 11.5B but for a hair); docs/gpu.md has the table, and the doctor names the lever for the rest, and what should
+sample quicker on the card: 16-bit weights, vLLM. SFT has 16 answers a step on every card; GRPO's number depends on
 the card, because all completions of a step are sampled together, and that is what takes most memory.
 """
 

@@ -87,10 +87,25 @@ class PromptData(Block):
         return self
 
 
-class SFTData(PromptData):
-    """Files of the SFT stage; ``context`` and ``labels`` serve both."""
+class TrainingData(PromptData):
+    """Contest files: what is trained on, and what is held out. ``dev`` decides when SFT stops; GRPO and ``test`` need
+    them only to see whether their questions are in train. ``drop_leaks`` takes those of dev out of it."""
 
     train: str
+    dev: str | None = None
+    test: str | None = None
+    drop_leaks: bool = False
+
+    @model_validator(mode="after")
+    def _knows_what_leaks(self) -> Self:
+        if self.drop_leaks and self.dev is None:
+            raise ValueError("drop_leaks needs data.dev, the file whose questions must not be in data.train")
+        return self
+
+
+class SFTData(TrainingData):
+    """Files of the SFT stage; ``context`` and ``labels`` serve train and dev."""
+
     dev: str
 
 
@@ -123,10 +138,9 @@ class ScorersBlock(Block):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
-class GRPOData(PromptData):
+class GRPOData(TrainingData):
     """Files of the GRPO stage and the weight of each reward (see ``malpyeong.training.rewards``)."""
 
-    train: str
     rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     scorers: ScorersBlock | None = None
 

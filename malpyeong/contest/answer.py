@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from malpyeong.contest.particles import subject_particle
+
 INSTRUCTION = (
     "한국어 어문 규범에 맞는 문장을 고르거나 바르게 고치고 그 이유를 설명하세요. "
     '답은 반드시 "올바른 문장"가 옳다. 이유 의 형식으로만 쓰세요.'
@@ -27,16 +29,15 @@ _MARKER = re.compile(
 )
 _BARE_MARKER = re.compile(r"(?P<particle>[가이])\s+옳다")
 _JOINER = re.compile(rf"[{_CLOSE}]\s*(?P<word>혹은|또는)\s*[{_OPEN}]")
-_WHOLE_SENTENCES = re.compile(r".*[가-힣][.!?。…](?:[\"'”’)\]」』])*(?=\s)", re.DOTALL)
-_SENTENCE_END = re.compile(r"[.!?。…](?:[\"'”’)\]」』])*\Z")
+# `"A"가 아니라 "B"가 옳다`: A is text before the sentence. Quotes within a sentence come in pairs; here one is left.
+_NOT_BUT = re.compile(rf"[{_CLOSE}]\s*[가이]\s*아니(?:라|고),?\s*[{_OPEN}](?=[^{_OPEN}{_CLOSE}]+\Z)")
+SENTENCE_END = re.compile(r"[.!?。…](?:[\"'”’)\]」』])*\Z")
 
 # What no reason that means something looks like: ways to be paid for overlap without explaining anything.
 MAX_REASON_CHARS = 600  # the contest's longest gold reason has 305
-_REPEATED = re.compile(r"(?<!\S)(\S+(?:\s+\S+){0,9}?)(?:\s+\1){2,}(?!\S)|([가-힣]{1,10}?)\2{5,}")
+REPEATED = re.compile(r"(?<!\S)(\S+(?:\s+\S+){0,9}?)(?:\s+\1){2,}(?!\S)|([가-힣]{1,10}?)\2{5,}")
 _DECOMPOSED = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # one syllable block in pieces; old Hangul is not matched
-_JAMO = re.compile("[\u1100-\u11ff\u3131-\u318e]")
-
-_DIGITS_WITH_FINAL_CONSONANT = frozenset("013678")  # 영 일 삼 육 칠 팔
+JAMO = re.compile("[\u1100-\u11ff\u3131-\u318e]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,36 +80,13 @@ def contest_split(text: str) -> tuple[str, str]:
     return text.strip(), ""
 
 
-def subject_particle(text: str) -> str:
-    """Return 이 or 가, whichever follows ``text`` in speech.
-
-    The last Hangul letter, jamo or digit counts; closing punctuation and quotes after it are passed over.
-    Text that ends in anything else takes 가, as nearly all gold answers do.
-    """
-    return "이" if has_final_consonant(text) else "가"
-
-
-def has_final_consonant(text: str) -> bool:
-    """Tell whether the last spoken letter of ``text`` ends in a consonant (ㄹ is read 리을, 7 is read 칠)."""
-    for character in reversed(text):
-        if "가" <= character <= "힣":
-            return (ord(character) - ord("가")) % 28 != 0
-        if "ㄱ" <= character <= "ㅎ":
-            return True
-        if "0" <= character <= "9":
-            return character in _DIGITS_WITH_FINAL_CONSONANT
-        if character.isalnum():
-            return False
-    return False
-
-
 def quote(sentences: Sequence[str], joiner: str) -> str:
     """Return the sentences of an answer in straight quotes, with ``joiner`` between them."""
     return f" {joiner} ".join(f'"{sentence}"' for sentence in sentences)
 
 
 def write_answer(sentences: str | tuple[str, ...], reason: str, joiner: str = "혹은") -> str:
-    """Write an answer in the contest's form, with the particle that the last sentence calls for.
+    """Write an answer in the contest's form, with the particle that belongs there.
 
     Raises:
         ValueError: the parts do not come back from :func:`parse_answer` (empty, padded with spaces, a
@@ -116,7 +94,8 @@ def write_answer(sentences: str | tuple[str, ...], reason: str, joiner: str = "�
     """
     if isinstance(sentences, str):
         sentences = (sentences,)
-    text = f"{quote(sentences, joiner)}{subject_particle(sentences[-1]) if sentences else ''} 옳다. {reason}"
+    quoted = quote(sentences, joiner)
+    text = f"{quoted}{subject_particle(quoted)} 옳다. {reason}"
     found = parse_answer(text)
     if not all((*sentences, reason)) or (found.sentences, found.reason) != (sentences, reason):
         raise ValueError(f"not an answer that reads back as it was written: {text!r}")
@@ -134,6 +113,9 @@ def parse_answer(text: str) -> Answer:
         return _parse_without_quote(text)
     quoted = text[: marker.start()]
     body = quoted[_opening(quoted, marker["close"]) :].strip()
+    not_but = _NOT_BUT.search(body)
+    if not_but:
+        body = body[not_but.end() :].strip()
     sentences, joiner = _split_joined(body)
     return Answer(sentences, marker["particle"], _reason(text[marker.end() :]), joiner)
 
@@ -142,7 +124,7 @@ def format_problem(text: str) -> str | None:
     """Return why ``text`` is not exactly in the contest's form, or None if it is.
 
     Stricter than the parser and stricter than the contest: what passes here is split by the contest's scorer
-    where it should be, with straight quotes at both ends, one space, and a reason that ends.
+    where it should be, with straight quotes at both ends and a reason that ends.
     """
     if not text.strip():
         return "empty answer"
@@ -165,17 +147,19 @@ def format_problem(text: str) -> str | None:
         return f"verdict written with {answer.particle or 'no particle'} instead of 가/이 옳다"
     if not all(sentence.strip() for sentence in answer.sentences) or not answer.sentences:
         return "empty sentence"
-    verdict = f'"{answer.particle} 옳다. '
+    verdict = f'"{answer.particle} 옳다.'
     head, found, reason = text[1:].partition(verdict)
     if not found:
-        return 'verdict is not written exactly as `"가 옳다. ` with a reason after it'
+        return 'verdict is not written exactly as `"가 옳다.`'
     if head.strip() != head:
         return "space inside the quotes"
+    if _NOT_BUT.search(head):
+        return 'another sentence before the right one (`"A"가 아니라 "B"가 옳다`)'
     if not reason.strip("., "):
         return "no reason"
     if contest_split(text) != (f'"{head}"{answer.particle} 옳다', answer.reason):
         return "the contest's split falls elsewhere (a second 가 옳다 / 이 옳다)"
-    if not _SENTENCE_END.search(reason):
+    if not SENTENCE_END.search(reason):
         return "reason is cut off (does not end in a period)"
     return _reason_problem(reason)
 
@@ -184,11 +168,11 @@ def answer_grammar(verdicts: Sequence[str] = ()) -> str:
     """Return the format as a grammar for constrained decoding, in llguidance's dialect of Lark (& and ~ on terminals).
 
     What it lets through has no :func:`format_problem`, but for what such a grammar cannot say: a reason that is too
-    long, that repeats itself or that is mostly loose jamo, and a pair (혹은) of which one is empty. Those are mended by
-    :func:`malpyeong.decoding.engines.finish`, and so is the particle, since either may follow a sentence.
+    long, that repeats itself or that is mostly loose jamo, a pair (혹은) of which one is empty, and another sentence
+    before the right one (``"A"가 아니라 "B"``). Those are mended by :func:`malpyeong.contest.repair.finish`.
 
-    Well-formed answers that it does not let through have doubled spaces, control or direction characters, or a reason
-    that has no syllable, begins with a mark or has a space before its last one.
+    Well-formed answers that it does not let through have doubled spaces or none behind the verdict, control or
+    direction characters, or a reason that has no syllable, begins with a mark or has a space before its last one.
 
     Args:
         verdicts: ``"문장"가 옳다.`` of the sentences to choose among; any sentence if empty.
@@ -234,43 +218,22 @@ REASON_I: REASON & ~/{_ANY}가 옳다{_ANY}/
 """
 
 
-def close_reason(reason: str) -> str:
-    """Mend a reason that is too long, repeats itself, is mostly loose jamo or stops within a sentence.
-
-    Nothing is added but a period. Of a loop the first round is kept; an unfinished sentence goes if another one stands
-    before it; of what is hardly text the syllables are kept. Where there is a syllable in it, the result is one in
-    which :func:`format_problem` finds nothing of these.
-    """
-    while True:
-        closed = reason[: MAX_REASON_CHARS - 1].strip()
-        if _hardly_text(closed):
-            syllables = re.search("[가-힣].*", _JAMO.sub(" ", reason), re.DOTALL)
-            closed = " ".join(syllables[0].split())[: MAX_REASON_CHARS - 1] if syllables else closed
-        closed = _REPEATED.sub(lambda loop: loop[1] or loop[2], closed)
-        if not _SENTENCE_END.search(closed):
-            whole = _WHOLE_SENTENCES.match(closed)
-            closed = whole[0] if whole else closed.rstrip(" ,") + "."
-        if closed == reason:
-            return closed
-        reason = closed
-
-
 def _reason_problem(reason: str) -> str | None:
     if len(reason) > MAX_REASON_CHARS:
         return f"reason has more than {MAX_REASON_CHARS} characters"
-    if _REPEATED.search(reason):
+    if REPEATED.search(reason):
         return "reason repeats the same words"
     if _DECOMPOSED.search(reason):
         return "reason has syllables in pieces (text that went through NFD)"
-    if _hardly_text(reason):
-        return "reason is mostly loose jamo" if _JAMO.search(reason) else "no reason"
+    if hardly_text(reason):
+        return "reason is mostly loose jamo" if JAMO.search(reason) else "no reason"
     return None
 
 
-def _hardly_text(reason: str) -> bool:
+def hardly_text(reason: str) -> bool:
     """Tell whether a reason has no letters, or more loose jamo than others."""
     letters = sum(character.isalpha() for character in reason)
-    return not letters or 2 * len(_JAMO.findall(reason)) > letters
+    return not letters or 2 * len(JAMO.findall(reason)) > letters
 
 
 def unwrap(text: str) -> str:

@@ -1,7 +1,7 @@
 """Engines: what turns prompts into answers. transformers anywhere, vLLM on a GPU; both behind one :class:`Engine`.
 
 Constrained answers are well formed by construction. Where a question offers options, the verdict is the likeliest of
-those that it can have (:func:`malpyeong.contest.options.verdicts`), and only the reason is generated; elsewhere the
+those that it can have (:func:`malpyeong.contest.question.verdicts`), and only the reason is generated; elsewhere the
 whole answer is generated under the grammar of :func:`malpyeong.contest.answer.answer_grammar`. This is for prediction
 alone: in RL rollouts it would hide from the rewards what the model does by itself.
 """
@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from malpyeong.contest.answer import answer_grammar, close_reason, parse_answer, quote, reason_grammar
-from malpyeong.contest.options import options, verdicts
+from malpyeong.contest.answer import answer_grammar, reason_grammar
+from malpyeong.contest.question import pick_verdict, verdicts
 from malpyeong.contest.records import Record
-from malpyeong.contest.repair import right_particle, without_second_verdict
+from malpyeong.contest.repair import finish
 from malpyeong.errors import InputError
 from malpyeong.prompts.context import Context
 from malpyeong.prompts.messages import context_messages, prompt_ids
@@ -103,9 +103,9 @@ class TransformersEngine:
             tags = [self._named_rule(record, prompt) for record, prompt in zip(records, prompts, strict=True)]
             tag_ids = [_ids(tokenizer, name) for name in tags]
             prompts = [prompt + ids for prompt, ids in zip(prompts, tag_ids, strict=True)]
-            offered = [verdicts(options(record)) for record in records]
+            offered = [verdicts(record) for record in records]
             chosen = [
-                self.likeliest(prompt, candidates) if candidates else ""
+                pick_verdict(candidates, self.log_likelihoods(prompt, candidates)) if candidates else ""
                 for prompt, candidates in zip(prompts, offered, strict=True)
             ]
         begun = [_ids(tokenizer, verdict) for verdict in chosen]
@@ -136,7 +136,9 @@ class TransformersEngine:
         completions = [begun[place] + ids for place, ids in zip(rows, output[:, width:].tolist(), strict=True)]
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         if self._format:
-            texts = [tags[place] + finish(text) for place, text in zip(rows, texts, strict=True)]
+            texts = [
+                tags[place] + finish(text, records[place].question) for place, text in zip(rows, texts, strict=True)
+            ]
         return [texts[start : start + decoding.samples] for start in range(0, len(texts), decoding.samples)]
 
     def _named_rule(self, record: Record, prompt: list[int]) -> str:
@@ -193,7 +195,7 @@ class VLLMEngine:
         decoding: Decoding,
         contexts: Mapping[str, Context] | None = None,
     ) -> None:
-        from malpyeong.models.load import check_adapter, tokenizer_for_prediction
+        from malpyeong.models.load import adapter_folder, check_adapter, tokenizer_for_prediction
 
         if decoding.samples > 1:
             raise InputError("samples are drawn with the transformers engine; leave --engine out")
@@ -209,7 +211,7 @@ class VLLMEngine:
         self.decoding, self._contexts = decoding, contexts or {}
         self.tokenizer = tokenizer_for_prediction(model, adapter)
         rank = check_adapter(adapter).get("r", 16)
-        self._adapter = LoRARequest("adapter", 1, adapter) if adapter else None
+        self._adapter = LoRARequest("adapter", 1, str(adapter_folder(adapter))) if adapter else None
         self._llm = LLM(
             model=model,
             dtype=dtype,
@@ -240,34 +242,16 @@ class VLLMEngine:
             use_tqdm=False,
         )
         texts = [output.outputs[0].text for output in outputs]
-        return [[finish(text) if self.decoding.constrained else text] for text in texts]
+        if self.decoding.constrained:
+            texts = [finish(text, record.question) for text, record in zip(texts, records, strict=True)]
+        return [[text] for text in texts]
 
 
 def structured_outputs(record: Record) -> Any:  # noqa: ANN401 -- vllm.sampling_params.StructuredOutputsParams
     """Return vLLM's parameters that hold an answer of ``record`` to the format and to its options. Not run here."""
     from vllm.sampling_params import StructuredOutputsParams
 
-    return StructuredOutputsParams(grammar=answer_grammar(verdicts(options(record))))
-
-
-def finish(text: str) -> str:
-    """Return a constrained answer with the right particle and a reason that ends, as the grammar could not say.
-
-    A text that has no verdict (there was not even room to close the sentence) comes back as it is. Of a sentence that
-    says 이 옳다 itself the particle stays 가: behind 이 the contest would split within the sentence.
-    """
-    found = parse_answer(text)
-    if not found.complete or not found.reason or not "".join(found.sentences) + found.joiner:
-        return text
-    while found.joiner and not all(found.sentences):  # of a pair one is empty, or both
-        found = parse_answer(f'"{"".join(found.sentences) or found.joiner}"{found.particle} 옳다. {found.reason}')
-    quoted = quote(found.sentences, found.joiner)
-    particle = "가" if "이 옳다" in quoted else right_particle(found)
-    reason, mended = "", found.reason
-    while mended != reason:
-        reason = mended
-        mended = close_reason(without_second_verdict(reason) if particle == "이" else reason)
-    return f"{quoted}{particle} 옳다. {reason}"
+    return StructuredOutputsParams(grammar=answer_grammar(verdicts(record)))
 
 
 class _Format:

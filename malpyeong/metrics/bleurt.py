@@ -21,6 +21,7 @@ import click
 
 from malpyeong.errors import InputError
 from malpyeong.metrics.pairs import Pair, PairScorer, batches, model_file, quiet_loading
+from malpyeong.terminal import Command
 
 if TYPE_CHECKING:
     import torch
@@ -206,7 +207,7 @@ def _load_tokenizer(model: str) -> tuple[Callable[[str], list[int]], int, int, i
     return encode, cls, sep, len(tokenizer)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", default=BLEURT_MODEL)
 def main(model: str) -> None:
     """Score the two published pairs with MODEL, a hub id or folder; exit with 1 unless their scores come out.

@@ -4,23 +4,28 @@ Training: Unsloth where a GPU that it supports and the package are present, else
 (QLoRA) works on both, on a CPU too.
 """
 
+import difflib
+import functools
+import hashlib
 import importlib.util
 import json
 import logging
+import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from malpyeong.errors import InputError
+from malpyeong.files import digest, write_text
 from malpyeong.models.environment import keep_compiled_code, version_problems
-from malpyeong.models.memory import Backend
+from malpyeong.models.memory import VLLM_SHARE, Backend
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from malpyeong.config.recipe import ModelBlock
-
-VLLM_SHARE = 0.4  # of the card's memory, for vLLM's weights and caches where it samples
 
 # On CPUs with avx512_bf16 bitsandbytes looks for an optional kernel on the hub and warns if it is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -88,6 +93,7 @@ def load_for_training(
     tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
     base: Any = load_base(model.name, pick_dtype(model.dtype), load_in_4bit=model.load_in_4bit)
     stop_at_eos(base, tokenizer)
+    check_target_modules(base, model.lora.target_modules)
     if model.load_in_4bit:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=gradient_checkpointing)
     elif gradient_checkpointing:
@@ -134,8 +140,10 @@ def tokenizer_for_prediction(name: str, adapter: str | None = None) -> "PreTrain
     files say, or a number beyond any length.
     """
     check_adapter(adapter)
-    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
-    return load_tokenizer(str(adapter) if own else name)
+    check_pair(name, adapter)
+    folder = adapter_folder(adapter) if adapter else None
+    own = folder is not None and (folder / "tokenizer_config.json").exists()
+    return load_tokenizer(str(folder) if own else name)
 
 
 def put_adapter(base: Any, adapter: str | Path, is_trainable: bool = False) -> Any:  # noqa: ANN401 -- PEFT models
@@ -147,11 +155,62 @@ def put_adapter(base: Any, adapter: str | Path, is_trainable: bool = False) -> A
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
+        model = PeftModel.from_pretrained(base, str(adapter_folder(adapter)), is_trainable=is_trainable)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{adapter}: does not fit the base model ({str(error).strip()[:200]}); was it trained on another one?"
-        ) from None
+        raise _does_not_fit(adapter, str(error).strip()[:200]) from None
+    _check_fit(model, adapter)
+    return model
+
+
+def _check_fit(model: Any, adapter: str | Path) -> None:  # noqa: ANN401 -- a PeftModel
+    """Make sure that all of an adapter's weights have found their place: PEFT passes over those that do not."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    held = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in name}
+    with safe_open(adapter_folder(adapter) / "adapter_model.safetensors", "numpy") as file:
+        saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 -- not a mapping
+    if len(held) != len(saved):
+        first = min(held ^ saved)
+        raise _does_not_fit(adapter, f"{len(saved)} weights for {len(held)} places; only one of the two has {first}")
+
+
+def _does_not_fit(adapter: str | Path, reason: str) -> InputError:
+    return InputError(f"{adapter}: does not fit the base model ({reason}); was it trained on another one?")
+
+
+def check_target_modules(base: Any, names: Sequence[str]) -> None:  # noqa: ANN401 -- any torch module
+    """Make sure that LoRA goes on every module that a recipe names; PEFT passes over names that match none.
+
+    Raises:
+        InputError: a name matches no layer, or a layer whose adapter would not be trained or could not be merged.
+    """
+    layers = {
+        name: module
+        for name, module in base.named_modules()
+        if getattr(module, "weight", None) is not None and module.weight.dim() > 1
+    }
+    ends = sorted({name.rpartition(".")[2] for name in layers})
+    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    for wanted in names:
+        found = [module for name, module in layers.items() if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            nearest = difflib.get_close_matches(wanted, ends, n=3, cutoff=0.5) or ends
+            raise InputError(
+                f"model.lora.target_modules: this model has no layer {wanted}; nearest: {', '.join(nearest)}"
+            )
+        if output is None:
+            continue
+        if output in found:
+            raise InputError(
+                f"model.lora.target_modules: {wanted}: the loss reads this layer's own weights, piece by piece, so "
+                "that an adapter on it would not be trained; leave it out"
+            )
+        if base.get_input_embeddings() in found and base.config.get_text_config().tie_word_embeddings:
+            raise InputError(
+                f"model.lora.target_modules: {wanted} shares its weights with the output layer in this model, so that "
+                "an adapter on it could not be merged; leave it out"
+            )
 
 
 def load_base(name: str, dtype: "torch.dtype", load_in_4bit: bool = False) -> "PreTrainedModel":
@@ -243,6 +302,37 @@ def load_tokenizer(
     return loaded
 
 
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, texts: Sequence[str] = ()) -> None:
+    """Save a tokenizer so that programs of transformers 4's time load it too, if they read ``texts`` as it does."""
+    from tokenizers import Tokenizer
+
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    alone = Tokenizer.from_file(str(path))
+    if all(
+        alone.encode(text, add_special_tokens=False).ids == list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in texts
+    ):
+        name_old_tokenizer_class(folder)
+
+
+def name_old_tokenizer_class(folder: Path) -> None:
+    """Give a saved tokenizer the names of transformers 4, which version 5 knows too.
+
+    Version 5 writes ``TokenizersBackend`` for what reads ``tokenizer.json`` as it is, and calls additional special
+    tokens extra ones: there transformers 4, vLLM and llama.cpp's converter of its time stop.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_text(path, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+
 _SPARE_TOKENS = ("<|endoftext|>", "<|pad|>", "<pad>", "<|finetune_right_pad_id|>", "<|end_of_text|>")
 
 # Templates ask transformers for today's date by this function. A macro of the same name takes its place, in the
@@ -278,16 +368,98 @@ def check_adapter(adapter: str | Path | None) -> dict[str, Any]:
         return {}
     from safetensors import SafetensorError, safe_open
 
-    weights = Path(adapter) / "adapter_model.safetensors"
+    folder = adapter_folder(adapter)
+    weights = folder / "adapter_model.safetensors"
     try:
-        config: dict[str, Any] = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         with safe_open(weights, "numpy"):
             pass
     except OSError:
+        if (folder / "adapter_model.bin").exists():
+            code = (
+                "import sys, torch; from safetensors.torch import save_file; "
+                "save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])"
+            )
+            raise InputError(
+                f"{adapter}: holds adapter_model.bin, the format of old versions of PEFT; write it again with: "
+                f"{shlex.join(['python', '-c', code, str(folder / 'adapter_model.bin'), str(weights)])}"
+            ) from None
         raise InputError(f"{adapter}: holds no adapter; train it first (make sft-NAME, or recipes/sft.py)") from None
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{adapter}: the adapter is damaged ({error}); train or copy it again") from None
     return config
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """Return the folder of a named adapter; one with the name of a hub id that is no folder is fetched from the hub.
+
+    Raises:
+        InputError: the hub does not have it, or cannot be reached.
+    """
+    if Path(adapter).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(adapter)):
+        return Path(adapter)
+    try:
+        return _fetch(str(adapter))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{adapter}: there is no such folder, and no adapter can be fetched from the hub by this name "
+            f"({type(error).__name__}); give the adapter's folder, or a hub id while online"
+        ) from None
+
+
+@functools.cache
+def _fetch(adapter: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["adapter_config.json", "adapter_model.*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja"]
+    return Path(snapshot_download(adapter, allow_patterns=wanted))
+
+
+def check_pair(name: str, adapter: str | Path | None) -> None:
+    """Make sure that an adapter is not put on a model that it, or one like it, has been merged into.
+
+    Raises:
+        InputError: it has, by what ``malpyeong.export`` wrote into the model's folder.
+    """
+    try:
+        made_of = json.loads((Path(name) / "export.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return
+    if adapter is None:
+        return
+    cure = f"leave the adapter out, or put it on {made_of.get('base')}"
+    if digest(adapter_folder(adapter) / "adapter_model.safetensors") == made_of.get("adapter_sha256"):
+        raise InputError(f"{name}: has {adapter} merged into it already; {cure}")
+    if check_adapter(adapter).get("base_model_name_or_path") == made_of.get("base"):
+        raise InputError(f"{name}: has an adapter merged into it, and {adapter} was trained without that one; {cure}")
+
+
+def weight_files_digest(name: str) -> str | None:
+    """Return a digest that tells a model's weights from others', under whatever name; None if they are not here.
+
+    Of each weight file its size and 64 evenly spaced pieces of it: reading tens of gigabytes would take minutes.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except ValueError:  # not even the form of a hub id
+            return None
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    found = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        found.update(str(size).encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(1 << 14, size >> 6)):
+                file.seek(start)
+                found.update(file.read(1 << 14))
+    return found.hexdigest() if files else None
 
 
 def check_lora(model: "ModelBlock") -> None:
@@ -299,6 +471,7 @@ def check_lora(model: "ModelBlock") -> None:
     if model.adapter is None:
         return
     config = check_adapter(model.adapter)
+    check_pair(model.name, model.adapter)
     stated = {"r": model.lora.r, "lora_alpha": model.lora.alpha, "target_modules": set(model.lora.target_modules)}
     for key, value in stated.items():
         found = config.get(key)
@@ -328,7 +501,7 @@ def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, 
     checkpointing: Any = "unsloth" if gradient_checkpointing else False
     with_vllm = {"max_lora_rank": model.lora.r, "gpu_memory_utilization": VLLM_SHARE} if use_vllm else {}
     loaded, _ = FastLanguageModel.from_pretrained(
-        model_name=model.adapter or model.name,
+        model_name=str(adapter_folder(model.adapter)) if model.adapter else model.name,
         max_seq_length=model.max_length,
         dtype=pick_dtype(model.dtype),
         load_in_4bit=model.load_in_4bit,
@@ -339,6 +512,7 @@ def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, 
         fast_inference=use_vllm,
         **with_vllm,
     )
+    check_target_modules(loaded, model.lora.target_modules)
     if model.adapter is None:
         loaded = FastLanguageModel.get_peft_model(
             loaded,
@@ -351,6 +525,8 @@ def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, 
             random_state=seed,
             max_seq_length=model.max_length,
         )
+    else:
+        _check_fit(loaded, model.adapter)
     tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
     stop_at_eos(loaded, tokenizer)
     return loaded, tokenizer

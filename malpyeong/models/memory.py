@@ -1,25 +1,26 @@
 """How much of a GPU's memory a recipe needs: arithmetic on the model's shape, before anything is loaded.
 
 An estimate of what tensors hold at the fullest moment, part by part. The parts that stay (weights, adapter with its
-gradients and optimizer, scorers) are added up; of the two moments that alternate, sampling (KV caches) and the update
-(activations and logits), the fuller one counts. Not counted: the allocator's fragmentation and the CUDA context,
-for which ``RESERVE`` is kept free.
+optimizer, scorers, vLLM's share) are added up; of the two moments that alternate, sampling (KV caches) and the update
+(gradients, activations and logits), the fuller one counts. Not counted: the allocator's fragmentation, for which
+``RESERVE`` is kept free, and the CUDA context, which ``USABLE_GIB`` leaves out.
 
-``tests/test_memory.py`` compares it with the peak that TRL's trainers reach on a CPU. On a GPU, and for Unsloth, it has
-not been compared with a measurement yet.
+``tests/test_memory.py`` compares it with the peak that TRL's trainers reach on a CPU, and, for Unsloth, with the peaks
+that were measured on a GPU (``benchmarks/results/``); how vLLM's share adds up has not been measured.
 
     python -m malpyeong.models.memory recipes/[!t]*/grpo.yaml     (a table of recipes and cards)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from malpyeong.config.gpu import USABLE_GIB
 from malpyeong.errors import InputError
+from malpyeong.terminal import Command
 
 if TYPE_CHECKING:
     from malpyeong.config.recipe import GRPORecipe, SFTRecipe
@@ -27,15 +28,21 @@ if TYPE_CHECKING:
 # NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits a weight, an 8-bit constant for each 64 weights,
 # and a 32-bit constant for each 256 of those.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-RESERVE = 0.08  # of the card, for fragmentation and workspaces
-CHUNK = 256  # tokens whose logits TRL's chunked loss holds at once
 GIB = 2**30
+RESERVE = 0.08  # of the card, for fragmentation: 0.2 to 1.2 GiB where it was measured
+WORKSPACE = int(0.3 * GIB)  # cuBLAS's workspaces, rotary tables, Unsloth's buffers: 0.2 to 0.3 GiB where measured
+VLLM_SHARE = 0.4  # of the card's memory, for vLLM's weights and caches where it samples
+CHUNK = 256  # tokens whose logits TRL's chunked loss holds at once
+UNSLOTH_CHUNK = 512  # the same for Unsloth's, in float32 and with their gradient
+# Unsloth's decoding buffers: what they hold beyond the prompt at first, and what their rows are a multiple of.
+UNSLOTH_GROWTH, UNSLOTH_ROWS = 513, 256
 # A logit's bytes by those of a number: itself, float32 copies of it, its softmax and gradient (counted on CPU runs).
 _GRPO_LOGITS = {4: 16, 2: 14}
 
 Stage = Literal["sft", "grpo"]
 Backend = Literal["unsloth", "hf"]
 BACKENDS: tuple[Backend, ...] = ("unsloth", "hf")
+AnyRecipe = TypeVar("AnyRecipe", bound="SFTRecipe | GRPORecipe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +119,14 @@ class Estimate:
 
     Attributes:
         weights: the base model.
-        adapter: LoRA weights in float32, their gradients and the optimizer's state.
+        adapter: LoRA weights in float32, a 16-bit copy of them, and the optimizer's state.
         scorers: BERTScore's and BLEURT's networks, where they are on the GPU.
+        vllm: what vLLM holds for itself.
+        workspace: what libraries and kernels keep.
         kv_cache: keys and values of all completions that are sampled together, at full length (GRPO).
         sampling: what it takes to fill them: one token's logits for each, or, where that is more than what the caches
             still grow by, reading all prompts at once (GRPO).
+        gradients: of the adapter; there are none while completions are sampled.
         activations: what a micro-batch's forward pass keeps for the backward pass.
         one_block: what the backward pass through one block adds to it (with gradient checkpointing, all of the block).
         logits: logits of one micro-batch, with their gradient and softmax; gone before the first block's turn.
@@ -125,8 +135,11 @@ class Estimate:
     weights: int
     adapter: int
     scorers: int
+    vllm: int
+    workspace: int
     kv_cache: int
     sampling: int
+    gradients: int
     activations: int
     one_block: int
     logits: int
@@ -134,7 +147,7 @@ class Estimate:
     @property
     def update(self) -> int:
         """Bytes of the update alone."""
-        return self.activations + max(self.one_block, self.logits)
+        return self.gradients + self.activations + max(self.one_block, self.logits)
 
     @property
     def rollout(self) -> int:
@@ -144,7 +157,8 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes at the fullest moment."""
-        return self.weights + self.adapter + self.scorers + max(self.update, self.rollout)
+        stays = self.weights + self.adapter + self.scorers + self.vllm + self.workspace
+        return stays + max(self.update, self.rollout)
 
     def fits(self, gib: float) -> bool:
         """Whether it fits a card, with ``RESERVE`` left free."""
@@ -173,6 +187,8 @@ def estimate(
     gradient_checkpointing: bool = True,
     backend: Backend = "hf",
     scorer_bytes: int = 0,
+    vllm_bytes: int = 0,
+    workspace: int = 0,
 ) -> Estimate:
     """Return the memory that training takes.
 
@@ -191,67 +207,91 @@ def estimate(
         gradient_checkpointing: keep only each block's input, and compute a block again when its gradient is due.
         backend: Unsloth moves the kept inputs to the computer's memory and never holds a micro-batch's logits.
         scorer_bytes: of the scorers' networks on the GPU.
+        vllm_bytes: vLLM's share of the card, if it samples: weights, LoRA and caches. Unsloth trains on these weights.
+        workspace: what libraries and kernels keep.
     """
     weights = shape.block_parameters * (NF4_BYTES if load_in_4bit else dtype_bytes)
     # PEFT's preparation of 4-bit models holds all other weights in float32; Unsloth leaves them as they are.
     weights += shape.other_parameters * (4 if load_in_4bit and backend == "hf" else dtype_bytes)
     if load_in_4bit:  # one layer is held dequantised while it is used
         weights += dtype_bytes * max(inputs * outputs for inputs, outputs in shape.linears().values())
-    # In 16 bits autocast keeps a copy of the adapter while a micro-batch is computed.
-    copied = dtype_bytes if dtype_bytes == 2 else 0
-    adapter = shape.lora_parameters(rank, targets) * (4 + 4 + (2 if "8bit" in optim else 8) + copied)
+    # In 16 bits autocast keeps a copy of the adapter while a micro-batch is computed; Unsloth makes one for decoding,
+    # and keeps it until the next.
+    copied = dtype_bytes if dtype_bytes == 2 and (backend == "hf" or stage == "grpo") else 0
+    lora = shape.lora_parameters(rank, targets)
+    adapter = lora * (4 + (2 if "8bit" in optim else 8) + copied)
 
     tokens = batch_size * max_length
-    block, passing = (tokens * size for size in _block_bytes(shape, rank, targets, dtype_bytes))
+    block, passing = (tokens * size for size in _block_bytes(shape, rank, targets, dtype_bytes, backend))
     block_input = tokens * shape.hidden * dtype_bytes
     if not gradient_checkpointing:
         activations, one_block = shape.layers * block, passing
     else:
         activations, one_block = (2 if backend == "unsloth" else shape.layers) * block_input, block + passing
 
-    if stage == "sft":
+    if backend == "unsloth":
+        logits = (4 + 4) * min(UNSLOTH_CHUNK, tokens) * shape.vocabulary
+    elif stage == "sft":
         # Logits of the chunk in float32, their log-softmax, its exponential, and the gradient.
-        with_logits = min(CHUNK, tokens)
-        logits = 4 * 4 * with_logits * shape.vocabulary
-        kv_cache = sampling = 0
+        logits = 4 * 4 * min(CHUNK, tokens) * shape.vocabulary
     else:
-        with_logits = min(CHUNK, tokens) if backend == "unsloth" else batch_size * (max_completion_length + 1)
-        logits = _GRPO_LOGITS[dtype_bytes] * with_logits * shape.vocabulary
+        logits = _GRPO_LOGITS[dtype_bytes] * batch_size * (max_completion_length + 1) * shape.vocabulary
+    kv_cache = sampling = vllm = 0
+    if vllm_bytes:
+        vllm = max(0, vllm_bytes - int(weights)) if backend == "unsloth" else vllm_bytes
+    elif stage == "grpo":
+        prompt = max_length - max_completion_length
         cache_token = 2 * shape.kv_heads * shape.head_dim * dtype_bytes
-        # A block's cache is copied when it grows by a token, so that one block is held twice.
-        kv_cache = completions * max_length * cache_token * (shape.layers + 1)
+        prefilled = completions * prompt * cache_token * shape.layers
+        if backend == "unsloth":
+            # Decoding has buffers of its own, with attention's scores, and the prompts' caches stay until all blocks
+            # have copied theirs. Longer completions make the buffers grow, block by block.
+            row = completions * (cache_token + shape.heads * dtype_bytes)
+            first, last = (_round_up(prompt + more) for more in (UNSLOTH_GROWTH, max_completion_length + 1))
+            kv_cache = max(prefilled + first * row * shape.layers, last * row * (shape.layers + 1))
+        else:
+            # A block's cache is copied when it grows by a token, so that one block is held twice.
+            kv_cache = completions * max_length * cache_token * (shape.layers + 1)
         # All prompts are read at once: four tensors of the MLP and two of the hidden size, where autocast's float32
         # copies come on top. The caches are then short of the completions.
-        prompts = completions * (max_length - max_completion_length)
-        prefill = prompts * (4 * dtype_bytes * shape.intermediate + 2 * dtype_bytes * shape.hidden)
-        if dtype_bytes == 2:
-            prefill += prompts * 4 * shape.intermediate
-        growth = kv_cache - prompts * cache_token * shape.layers
+        prefill = completions * prompt * (4 * dtype_bytes * shape.intermediate + 2 * dtype_bytes * shape.hidden)
+        if dtype_bytes == 2 and backend == "hf":
+            prefill += completions * prompt * 4 * shape.intermediate
+        growth = kv_cache - prefilled
         sampling = max(completions * shape.vocabulary * (dtype_bytes + 3 * 4), prefill - growth)
     return Estimate(
         weights=int(weights),
         adapter=adapter,
         scorers=scorer_bytes,
+        vllm=vllm,
+        workspace=workspace,
         kv_cache=kv_cache,
         sampling=sampling,
+        gradients=4 * lora,
         activations=activations,
         one_block=one_block,
         logits=logits,
     )
 
 
-def _block_bytes(shape: ModelShape, rank: int, targets: Sequence[str], dtype_bytes: int) -> tuple[int, int]:
+def _round_up(rows: int) -> int:
+    return -(-rows // UNSLOTH_ROWS) * UNSLOTH_ROWS
+
+
+def _block_bytes(
+    shape: ModelShape, rank: int, targets: Sequence[str], dtype_bytes: int, backend: Backend
+) -> tuple[int, int]:
     """Return the bytes a token that one block keeps for its backward pass, and what that pass adds at its fullest.
 
     Counted on CPU runs of Qwen3 with LoRA (one dimension changed at a time). In float32 a block keeps four tensors of
     the hidden size (inputs of the norms and of the layers after them), four of the MLP's (gate, its activation, up,
     their product), three of the queries' and keys' (before and after rotation, and attention's own), and LoRA's inner
-    vectors. In 16 bits the norms and the adapter keep float32 copies besides.
+    vectors. In 16 bits the norms and the adapter keep float32 copies besides, but not Unsloth's.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     kept = dtype_bytes * (4 * shape.hidden + 4 * shape.intermediate + 3 * queries + 3 * keys + rank * len(targets))
     passing = dtype_bytes * 2 * shape.intermediate
-    if dtype_bytes == 2:
+    if dtype_bytes == 2 and backend == "hf":
         kept += 10 * shape.hidden + 4 * queries + 2 * keys
         passing += 2 * shape.intermediate + 8 * shape.hidden
     return kept, passing
@@ -261,13 +301,16 @@ def _block_bytes(shape: ModelShape, rank: int, targets: Sequence[str], dtype_byt
 SCORER_PARAMETERS = {"bertscore": 156_000_000, "bleurt": 579_000_000}
 
 
-def estimate_recipe(recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend: Backend) -> Estimate:
+def estimate_recipe(
+    recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend: Backend, gib: float | None = None
+) -> Estimate:
     """Return the memory that a recipe takes on a GPU.
 
     Args:
         recipe: resolved.
         shape: of its base model.
         backend: that will be used.
+        gib: of the card, of which vLLM takes its share; None for what the recipe's ``gpu`` has, or else 24gb.
     """
     from malpyeong.config.recipe import REWARD_MODELS, GRPORecipe
 
@@ -283,6 +326,8 @@ def estimate_recipe(recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend
             "completions": training.batch_size * training.gradient_accumulation_steps,
             "scorer_bytes": sum(SCORER_PARAMETERS[name] * width for name in needed) if on_card else 0,
         }
+        if recipe.training.use_vllm:
+            sizes["vllm_bytes"] = int(VLLM_SHARE * (gib or USABLE_GIB[recipe.gpu or "24gb"]) * GIB)
     return estimate(
         shape,
         stage="grpo" if isinstance(recipe, GRPORecipe) else "sft",
@@ -295,6 +340,7 @@ def estimate_recipe(recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend
         optim=training.optim,
         gradient_checkpointing=training.gradient_checkpointing,
         backend=backend,
+        workspace=WORKSPACE,
         **sizes,
     )
 
@@ -312,14 +358,12 @@ def next_lever(
         ValueError: nothing that is left frees anything.
     """
     pulled: dict[str, Any] = {}
-    now = estimate_recipe(recipe, shape, backend)
+    now = estimate_recipe(recipe, shape, backend, gib)
     while not pulled or not now.fits(gib):
         tried = []
         for lever in _levers(recipe):
-            changed = recipe
-            for name, value in lever.items():
-                changed = _replaced(changed, name.split("."), value)
-            tried.append((estimate_recipe(changed, shape, backend), changed, lever))
+            changed = with_values(recipe, lever)
+            tried.append((estimate_recipe(changed, shape, backend, gib), changed, lever))
         tried = [one for one in tried if one[0].peak < now.peak]
         if not tried:
             break
@@ -329,6 +373,28 @@ def next_lever(
     if not pulled:
         raise ValueError("no lever is left")
     return [f"{name}={str(value).lower()}" for name, value in pulled.items()], now
+
+
+def lever_text(recipe: "SFTRecipe | GRPORecipe", shape: ModelShape, backend: Backend, gib: float) -> str:
+    """Return what to change where a recipe does not fit a card of ``gib`` GiB."""
+    try:
+        overrides, then = next_lever(recipe, shape, backend, gib)
+    except ValueError:
+        return "take a smaller model"
+    if any(override.startswith("model.lora.") for override in overrides):
+        overrides = [*overrides, "(in both stages)"]
+    more = "" if then.fits(gib) else ", which does not suffice alone; then a smaller model"
+    return f"{' '.join(overrides)} brings it to {then.peak / GIB:.1f} GiB{more}"
+
+
+def shape_of(name: str) -> ModelShape | None:
+    """Return a model's shape from its config.json or the list of known ones, or None."""
+    from transformers import AutoConfig
+
+    try:
+        return ModelShape.of(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, AttributeError):
+        return SHAPES.get(name)
 
 
 def _levers(recipe: "SFTRecipe | GRPORecipe") -> list[dict[str, Any]]:
@@ -347,6 +413,8 @@ def _levers(recipe: "SFTRecipe | GRPORecipe") -> list[dict[str, Any]]:
     if not model.load_in_4bit:
         levers.append({"model.load_in_4bit": True})
     if isinstance(recipe, GRPORecipe):
+        if recipe.training.use_vllm:
+            levers.append({"training.use_vllm": False})
         if recipe.data.scorers is not None and recipe.data.scorers.device != "cpu":
             levers.append({"data.scorers.device": "cpu"})
         group = recipe.training.num_generations
@@ -365,12 +433,19 @@ def _levers(recipe: "SFTRecipe | GRPORecipe") -> list[dict[str, Any]]:
     return levers
 
 
+def with_values(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
+    """Return a recipe in which some keys (``block.key``) have other values."""
+    for name, value in values.items():
+        recipe = _replaced(recipe, name.split("."), value)
+    return recipe
+
+
 def _replaced(block: Any, place: Sequence[str], value: Any) -> Any:  # noqa: ANN401 -- frozen pydantic blocks
     key, *rest = place
     return block.model_copy(update={key: _replaced(getattr(block, key), rest, value) if rest else value})
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path(path_type=Path))
 def main(recipe_file: Path, models: Sequence[Path]) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from malpyeong.contest.records import Record, json_lines, record_from_json
+from malpyeong.contest.rulebook import Rule, rule_from_json
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text, write_text
 from malpyeong.prompts.rule_choice import is_readable
-from malpyeong.rules import Rule, rule_from_json
 
 EXPECTED = "the output of python -m malpyeong.retrieval search"
 
@@ -49,7 +49,8 @@ def load_contexts(path: str | Path, records: Sequence[Record], choose: bool = Fa
     """Read the contexts of ``records``, in their order; with ``choose`` their rules, to choose among.
 
     Raises:
-        InputError: a line is defective, a record has no line, or the record itself is among its examples.
+        InputError: a line is defective, a record has no line, or a question that has an answer is among its own
+            examples.
     """
     path = Path(path)
     found: dict[tuple[str, str], Context] = {}
@@ -66,6 +67,10 @@ def load_contexts(path: str | Path, records: Sequence[Record], choose: bool = Fa
             "from every question file that is used"
         )
     contexts = [found[record.id, record.question] for record in records]
+    for record, context in zip(records, contexts, strict=True):
+        # A question without an answer may have a solved twin: nothing of its own can leak.
+        if record.answer is not None and any(_same_question(record.question, one) for one in context.examples):
+            raise _leak(f'{path}: id "{printable(record.id, 40)}"')
     if choose:
         for record, context in zip(records, contexts, strict=True):
             for rule in context.rules:
@@ -104,6 +109,14 @@ def _context(where: str, line: Any) -> tuple[tuple[str, str], Context]:  # noqa:
         examples = tuple(record_from_json(where, entry["record"], "gold") for entry in line["examples"])
     except (TypeError, KeyError):
         raise InputError(f"{where}: is not a line of a context file; expected {EXPECTED}") from None
-    if any(example.question.split() == str(question).split() for example in examples):
-        raise InputError(f"{where}: the question itself is among its solved examples; make the file again")
+    if any(example.id == id_ and _same_question(str(question), example) for example in examples):
+        raise _leak(where)
     return (str(id_), str(question)), Context(rules, examples)
+
+
+def _same_question(question: str, example: Record) -> bool:
+    return example.question.split() == question.split()
+
+
+def _leak(where: str) -> InputError:
+    return InputError(f"{where}: the question itself is among its solved examples; make the file again")

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from malpyeong.contest.answer import INSTRUCTION
 from malpyeong.contest.records import Record
+from malpyeong.contest.rulebook import Rule
 from malpyeong.prompts import rule_choice as choice
 from malpyeong.prompts.context import Context
-from malpyeong.rules import Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from malpyeong.contest.records import Record, json_lines, parse_json
+from malpyeong.contest.rulebook import Rule
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text
-from malpyeong.rules import Rule
 
 INSTRUCTION = (
     "먼저 한 줄에 [규범 후보] 가운데 이 문제에 적용되는 것의 이름을 [규범 한글 맞춤법 제1항]과 같이 쓰고, "
@@ -57,6 +57,12 @@ class Labels:
     def best(self, rules: Sequence[Rule]) -> str:
         """Return the id of the rule that helps most, or :data:`NONE` if none does."""
         return best_choice([rule.id for rule in rules], self.of(rules))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The gains of the rules that help, as shares of the largest."""
+        best = max(self.gains.values(), default=0.0)
+        return {rule: gain / best for rule, gain in self.gains.items() if gain > 0}
 
     @property
     def best_of_all(self) -> str | None:
@@ -115,30 +121,25 @@ def load_labels(path: str | Path, records: Sequence[Record]) -> list[Labels]:
     Raises:
         InputError: the file is of neither form, or a record has no label.
     """
-    path = Path(path)
-    text = read_text(path, _EXPECTED)
-    found: dict[Any, Labels]
-    if '"ppl_question"' in text.split("\n", 1)[0]:
-        found = dict(_mined(f"{path}: {place}", row) for place, row in json_lines(path, text))
-        keys: list[Any] = [(record.id, record.question) for record in records]
-    else:
-        found = {id_: Labels({rule: 1.0}) for id_, rule in _given(path, text, _EXPECTED).items()}
-        keys = [record.id for record in records]
-    for record, key in zip(records, keys, strict=True):
-        if key not in found:
+    labels: list[Labels] = []
+    for record, label in zip(records, find_labels(path, records), strict=True):
+        if label is None:
             raise InputError(
                 f'{path}: has no label for id "{printable(record.id, 40)}"; add it or leave the record out'
             )
-    return [found[key] for key in keys]
+        labels.append(label)
+    return labels
 
 
-def load_given_labels(path: Path) -> dict[str, str]:
-    """Read a JSON object of record id → rule id, or → an object with a ``rule``.
-
-    Raises:
-        InputError: it cannot be read or is of another form.
-    """
-    return _given(path, read_text(path, _GIVEN), _GIVEN)
+def find_labels(path: str | Path, records: Sequence[Record]) -> list[Labels | None]:
+    """Read the labels of ``records`` as :func:`load_labels` does, None for a record that has none."""
+    path = Path(path)
+    text = read_text(path, _EXPECTED)
+    if '"ppl_question"' in text.split("\n", 1)[0]:
+        mined = dict(_mined(f"{path}: {place}", row) for place, row in json_lines(path, text))
+        return [mined.get((record.id, record.question)) for record in records]
+    given = _given(path, text, _EXPECTED)
+    return [Labels({given[record.id]: 1.0}) if record.id in given else None for record in records]
 
 
 def _given(path: Path, text: str, expected: str) -> dict[str, str]:

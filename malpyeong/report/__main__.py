@@ -5,12 +5,14 @@ from pathlib import Path
 import click
 
 from malpyeong.errors import InputError
-from malpyeong.evaluate import load_answers, load_categories, load_scorers, scoring_options
 from malpyeong.files import check_writable, write_text
 from malpyeong.metrics.aggregate import score_records
+from malpyeong.metrics.inputs import load_answers, load_categories, scoring_options
+from malpyeong.metrics.scorers import load_scorers
+from malpyeong.terminal import Group
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Write a page to read in a browser: one HTML file that works offline."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from malpyeong.contest.answer import contest_split, parse_answer
-from malpyeong.contest.options import options, question_sentence, quoted_lines
+from malpyeong.contest.question import read_record
 from malpyeong.contest.records import Record
 from malpyeong.metrics.exact_match import exact_match, normalise
 
@@ -77,8 +77,9 @@ def _cause_beside_the_sentence(gold: str, prediction: str) -> Cause:
 
 
 def _cause_in_the_sentence(gold: Record, right: Sequence[str], predicted: str) -> Cause:
-    offered = [normalise(sentence) for sentence in options(gold)]
-    asked = [normalise(sentence) for sentence in quoted_lines(gold.question)]
+    question = read_record(gold)
+    offered = [normalise(sentence) for sentence in question.options]
+    asked = [normalise(sentence) for sentence in question.sentences]
     if predicted in offered:
         return Cause.OTHER_OPTION
     if not offered and predicted in asked:
@@ -92,7 +93,7 @@ def _cause_in_the_sentence(gold: Record, right: Sequence[str], predicted: str) -
         return Cause.OTHER_OPTION
     if len(asked) != 1:
         return Cause.OTHER
-    source = normalise(question_sentence(gold.question))
+    [source] = asked
     # Where the question's sentence is right already, any other is altered in passing.
     alike = [offered] if offered else [[source, sentence] for sentence in right if sentence != source]
     if not any(_same_outside(*_common_ends(sentences), predicted) for sentences in alike):

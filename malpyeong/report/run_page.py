@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import yaml
@@ -13,10 +13,19 @@ import yaml
 from malpyeong.errors import InputError
 from malpyeong.report.charts import Chart, Points, chart
 from malpyeong.report.pages import render
-from malpyeong.training.run import checkpoints
+from malpyeong.training.run import checkpoints, logged
 
 MAX_SAMPLED_STEPS = 8
 _AVERAGED = 5  # logged steps at either end whose mean reward is compared
+# Name → key of the log (malpyeong.training.callbacks.StepClock).
+_SECONDS = {
+    "한 단계": "step_seconds",
+    "샘플링": "generate_seconds",
+    "보상": "reward_seconds",
+    "업데이트": "update_seconds",
+}
+_PEAKS = {"할당": "peak_allocated_gib", "예약": "peak_reserved_gib"}
+_PEAKS_NOTE = "GiB. 한 단계에서 가장 많을 때(torch의 할당기가 센 값)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +186,9 @@ def _group(rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float], grou
 
 
 def _completion(row: Mapping[str, Any], weights: Mapping[str, float], count: int) -> Completion:
-    rewards = {name: _finite(row[name]) for name in weights}
+    rewards = {name: logged(row, name) for name in weights}
     parts = [weights[name] * reward for name, reward in rewards.items() if reward is not None]
     return Completion(row["completion"], rewards, math.fsum(parts) if parts else None, row["advantage"], count)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _spread(group: Group) -> float:
@@ -207,8 +212,8 @@ def run_page(run: Run) -> str:
 
 
 def _points(log: Sequence[Mapping[str, Any]], key: str) -> Points:
-    rows = [row for row in log if isinstance(row.get(key), int | float)]
-    return [row["step"] for row in rows], [float(row[key]) for row in rows]
+    points = [(row["step"], value) for row in log if (value := logged(row, key)) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _charts(run: Run, wanted: Iterable[tuple[str, str, Mapping[str, str], float | None]]) -> list[Chart]:
@@ -241,7 +246,8 @@ def _grpo_charts(run: Run) -> list[Chart]:
             ("손실", "정책 손실. 작아져야 좋은 값이 아님", {"손실": "loss"}, None),
             ("기울기 크기", "자르기 전의 노름", {"기울기": "grad_norm"}, 0),
             ("엔트로피", "토큰마다 나트. 0에 가까우면 같은 답만 나옴", {"엔트로피": "entropy"}, 0),
-            ("한 단계에 걸린 시간", "초", {"한 단계": "step_time", "그 가운데 보상": "reward_seconds"}, 0),
+            ("한 단계에 걸린 시간", "초", _SECONDS, 0),
+            ("GPU 메모리", _PEAKS_NOTE, _PEAKS, 0),
         ],
     )
 
@@ -255,6 +261,8 @@ def _sft_charts(run: Run) -> list[Chart]:
             ("맞힌 토큰", "정답의 다음 토큰을 첫째로 꼽은 비율", accuracy, None),
             ("기울기 크기", "자르기 전의 노름", {"기울기": "grad_norm"}, 0),
             ("학습률", "", {"학습률": "learning_rate"}, 0),
+            ("한 단계에 걸린 시간", "초", {"한 단계": "step_seconds"}, 0),
+            ("GPU 메모리", _PEAKS_NOTE, _PEAKS, 0),
         ],
     )
 
@@ -271,11 +279,18 @@ def _grpo_facts(run: Run) -> list[tuple[str, str, str]]:
         values = _points(run.log, key)[1]
         if values:
             facts.append((name, f"{fmean(values):.1%}", f"마지막 {values[-1]:.1%}"))
-    seconds, rewarding = _points(run.log, "step_time")[1], _points(run.log, "reward_seconds")[1]
-    if seconds and rewarding:
-        # Rewards are computed once for all steps that use the same completions.
-        share = fmean(rewarding) / run.config["training"]["num_iterations"] / fmean(seconds)
-        facts.append(("한 단계", f"{fmean(seconds):.1f}초", f"보상 계산이 {share:.1%}"))
+    return facts + _cost_facts(run)
+
+
+def _cost_facts(run: Run) -> list[tuple[str, str, str]]:
+    """Return what a step took and how much memory the fullest one needed."""
+    facts, spent = [], {name: _points(run.log, key)[1] for name, key in _SECONDS.items()}
+    if seconds := spent.pop("한 단계"):
+        shares = [f"{name} {sum(values) / sum(seconds):.0%}" for name, values in spent.items() if values]
+        facts.append(("한 단계", f"{median(seconds):.1f}초", ", ".join(shares) or "중앙값"))
+    if peaks := _points(run.log, _PEAKS["할당"])[1]:
+        reserved = max(_points(run.log, _PEAKS["예약"])[1])
+        facts.append(("GPU 메모리", f"{max(peaks):.1f} GiB", f"가장 많을 때. 예약 {reserved:.1f} GiB"))
     return facts
 
 
@@ -289,4 +304,4 @@ def _sft_facts(run: Run) -> list[tuple[str, str, str]]:
     training = _points(run.log, "loss")[1]
     if training:
         facts.append(("학습 손실", f"{training[-1]:.4f}", f"처음 {training[0]:.4f}"))
-    return facts
+    return facts + _cost_facts(run)

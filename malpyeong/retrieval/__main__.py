@@ -1,6 +1,5 @@
 """``python -m malpyeong.retrieval search`` and ``evaluate``."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from malpyeong.contest.records import load_records
+from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable
 from malpyeong.prompts.context import write_contexts
-from malpyeong.prompts.rule_choice import load_given_labels
+from malpyeong.prompts.rule_choice import find_labels
+from malpyeong.retrieval.bm25 import BM25, EditBM25
+from malpyeong.retrieval.neighbours import Neighbours
 from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents, rule_documents
-from malpyeong.rules import load_rule_book
+from malpyeong.terminal import Group, json_text
 
 if TYPE_CHECKING:
     from malpyeong.retrieval.neural import Dense, Reranker
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Find rules and solved questions for questions, and measure how well."""
 
@@ -31,6 +33,7 @@ def main() -> None:
 @click.option("-o", "--output", type=_PATH, required=True, help="Context file (JSONL) to write.")
 @click.option("--rules", "rule_book", type=_PATH, help="Rule book of python -m malpyeong.rules build.")
 @click.option("--examples", "solved", type=_PATH, help="Contest file with answers, such as train.json.")
+@click.option("--labels", "label_file", type=_PATH, help="Rules of the examples, given or mined, to find rules by.")
 @click.option("--rules-k", default=3, show_default=True, type=click.IntRange(min=1), help="Rules a question.")
 @click.option("--examples-k", default=3, show_default=True, type=click.IntRange(min=1), help="Examples a question.")
 @click.option("--dense", help="Folder or hub id of a sentence-transformers model, to be fused with BM25.")
@@ -40,6 +43,7 @@ def search(
     output: Path,
     rule_book: Path | None,
     solved: Path | None,
+    label_file: Path | None,
     rules_k: int,
     examples_k: int,
     dense: str | None,
@@ -47,25 +51,35 @@ def search(
 ) -> None:
     """Find rules and solved examples for every question of QUESTIONS (contest files).
 
-    A solved question is never found for itself, so QUESTIONS may be the file of the examples.
+    A solved question is never found for itself, so QUESTIONS may be the file of the examples. With --labels, rules are
+    found by what similar examples needed as well as by their texts; a question's own label is never looked at.
     """
     if rule_book is None and solved is None:
         raise InputError("nothing to search in; name --rules or --examples")
-    for path in (*questions, rule_book, solved):
+    if label_file and not (rule_book and solved):
+        raise InputError("--labels are rules of examples: name --rules and --examples too")
+    for path in (*questions, rule_book, solved, label_file):
         if path is not None and path.exists() and output.exists() and output.samefile(path):
             raise InputError(f"{output}: would overwrite an input; choose another name")
     records = [record for path in questions for record in load_records(path)]
     rules = load_rule_book(rule_book) if rule_book else []
     examples = load_records(solved, answers="gold") if solved else []
+    labels = find_labels(label_file, examples) if label_file else []
+    if any(labels):
+        click.echo(f"{sum(label is not None for label in labels)} of {len(examples)} examples have a label")
     check_writable(output)
     model = _reranker(reranker)
     found_rules: list[list[Any]] = [[] for _ in records]
     found_examples: list[list[Any]] = [[] for _ in records]
     if rules:
-        hits = _retriever(rule_documents(rules), dense, model).search_all(records, rules_k)
+        documents = rule_documents(rules)
+        texts = _retriever(documents, BM25(documents), dense, None if label_file else model)
+        finder = Neighbours(examples, labels, rules, texts) if label_file else texts
+        hits = finder.search_all(records, rules_k)
         found_rules = [[(hit.score, rules[hit.position]) for hit in row] for row in hits]
     if examples:
-        hits = _retriever(example_documents(examples), dense, model).search_all(records, examples_k)
+        documents = example_documents(examples)
+        hits = _retriever(documents, EditBM25(documents), dense, model).search_all(records, examples_k)
         found_examples = [[(hit.score, examples[hit.position]) for hit in row] for row in hits]
     write_contexts(output, records, found_rules, found_examples)
     counts = f"{sum(map(len, found_rules))} rules, {sum(map(len, found_examples))} examples"
@@ -74,7 +88,7 @@ def search(
 
 @main.command()
 @click.argument("questions", nargs=-1, required=True, type=_PATH)
-@click.option("--labels", "label_file", type=_PATH, required=True, help="JSON of record id → rule id.")
+@click.option("--labels", "label_file", type=_PATH, help="Rules of questions and examples, given or mined.")
 @click.option("--rules", "rule_book", type=_PATH, help="Rule book of python -m malpyeong.rules build.")
 @click.option("--examples", "solved", type=_PATH, help="Contest file with answers, such as train.json.")
 @click.option("--dense", help="Folder or hub id of a sentence-transformers model.")
@@ -82,7 +96,7 @@ def search(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of Markdown tables.")
 def evaluate(
     questions: tuple[Path, ...],
-    label_file: Path,
+    label_file: Path | None,
     rule_book: Path | None,
     solved: Path | None,
     dense: str | None,
@@ -91,38 +105,48 @@ def evaluate(
 ) -> None:
     """Measure retrieval on QUESTIONS (contest files with answers), file by file.
 
-    Rules are judged by the exact id of the labelled rule, examples by the ROUGE-1 of the nearest one's reason; in
-    brackets the 95 % interval. The rows "random" and "oracle" show what chance and a perfect choice give.
+    Examples are judged by the ROUGE-1 of the nearest one's reason, with what an answer without a model would score;
+    rules, with --labels, by the exact id of the labelled one. In brackets the 95 % interval. The rows "random" and
+    "oracle" show what chance and a perfect choice give.
     """
     if rule_book is None and solved is None:
         raise InputError("nothing to search in; name --rules or --examples")
+    if rule_book and label_file is None:
+        raise InputError("--rules are judged by labels: name --labels too, or leave --rules out")
     from malpyeong.retrieval.evaluate import (
         check_labels,
         evaluate_examples,
+        evaluate_floor,
         evaluate_rules,
+        example_methods,
         markdown,
-        methods,
+        rule_methods,
     )
 
     splits = {str(path): load_records(path, answers="gold") for path in questions}
-    labels = load_given_labels(label_file)
     rules = load_rule_book(rule_book) if rule_book else []
     examples = load_records(solved, answers="gold") if solved else []
-    if rules:
-        for records in splits.values():
-            check_labels(label_file, labels, records, rules)
+    labelled = [*(record for records in splits.values() for record in records), *examples]
+    labels = find_labels(label_file, labelled) if label_file else [None] * len(labelled)
+    right = {record.id: label.best_of_all for record, label in zip(labelled, labels, strict=True) if label}
+    best = {id_: rule for id_, rule in right.items() if rule}
     model = _reranker(reranker)
     report: dict[str, dict[str, Any]] = {name: {} for name in splits}
-    if rules:
-        documents = rule_documents(rules)
-        compared = methods(documents, _dense(documents, dense), model)
+    sizes = {"rules": f"{len(rules)} rules", "examples": f"{len(examples)} solved questions", "floor": "the floor"}
+    if rules and label_file:
+        compared = rule_methods(
+            rules, _dense(rule_documents(rules), dense), model, examples, labels[len(labelled) - len(examples) :]
+        )
         for name, records in splits.items():
-            report[name]["rules"] = evaluate_rules(records, labels, rules, compared)
+            helped = [record for record in records if record.id in best or record.id not in right]
+            check_labels(label_file, best, helped, rules)
+            report[name]["rules"] = evaluate_rules(helped, best, rules, compared)
     if examples:
         documents = example_documents(examples)
-        compared = methods(documents, _dense(documents, dense), model)
+        searched = example_methods(documents, _dense(documents, dense), model)
         for name, records in splits.items():
-            report[name]["examples"] = evaluate_examples(records, labels, examples, compared)
+            report[name]["examples"] = evaluate_examples(records, best, examples, searched)
+            report[name]["floor"] = evaluate_floor(records, searched["questions and edits"])
     if as_json:
         plain = {
             name: {
@@ -131,22 +155,16 @@ def evaluate(
             }
             for name, tables in report.items()
         }
-        click.echo(json.dumps(plain, ensure_ascii=False, indent=2))
+        click.echo(json_text(plain))
         return
-    sizes = {"rules": f"{len(rules)} rules", "examples": f"{len(examples)} solved questions"}
     for name, tables in report.items():
         for kind, table in tables.items():
             click.echo(f"\n{printable(name)}: {len(splits[name])} questions, {sizes[kind]}\n\n{markdown(table)}")
 
 
-def _retriever(documents: list[Document], dense: str | None, reranker: "Reranker | None") -> Retriever:
-    from malpyeong.retrieval.bm25 import BM25
-
-    scorers: list[Scorer] = [BM25(documents)]
+def _retriever(documents: list[Document], scorer: Scorer, dense: str | None, reranker: "Reranker | None") -> Retriever:
     model = _dense(documents, dense)
-    if model is not None:
-        scorers.append(model)
-    return Retriever(documents, scorers, reranker)
+    return Retriever(documents, [scorer] if model is None else [scorer, model], reranker)
 
 
 def _dense(documents: list[Document], name: str | None) -> "Dense | None":

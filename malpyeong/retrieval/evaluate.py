@@ -1,21 +1,27 @@
 """How well rules and solved examples are found, beside what chance and an oracle would find.
 
 Rules are judged by exact ids: one rule is right for a question, and a document counts only if its id is that rule's.
-Examples are judged by what they are for: the ROUGE-1 of the nearest example's reason, copied as it stands.
+Examples are judged by what they are for: the ROUGE-1 of the nearest example's reason, copied as it stands. With a
+sentence that the question itself offers, that reason makes the floor: what an answer without any model scores.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from malpyeong.contest.answer import contest_split
+from malpyeong.contest.answer import contest_split, format_problem, parse_answer
+from malpyeong.contest.particles import subject_particle
+from malpyeong.contest.question import read_record
 from malpyeong.contest.records import Record
+from malpyeong.contest.rulebook import Rule
 from malpyeong.errors import InputError, printable
-from malpyeong.retrieval.bm25 import BM25
-from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents
-from malpyeong.rules import Rule
+from malpyeong.metrics.exact_match import exact_match
+from malpyeong.prompts.rule_choice import Labels
+from malpyeong.retrieval.bm25 import BM25, EditBM25
+from malpyeong.retrieval.neighbours import Neighbours
+from malpyeong.retrieval.search import Document, Hit, Retriever, Scorer, example_documents, rule_documents
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
 
     from malpyeong.retrieval.neural import Reranker
 
-CUTS = (1, 5, 10, 30)
+CUTS = (1, 3, 5, 10, 30)
 NDCG_CUT = 10
 RESAMPLES = 2_000
 
@@ -37,16 +43,24 @@ class Measure:
     high: float
 
 
+class Finder(Protocol):
+    """Finds documents for questions: a :class:`Retriever`, or :class:`Neighbours`."""
+
+    def search_all(self, records: Sequence[Record], k: int) -> list[list[Hit]]:
+        """Return the best ``k`` documents for each record, best first."""
+        ...
+
+
 def evaluate_rules(
-    records: Sequence[Record], labels: Mapping[str, str], rules: Sequence[Rule], methods: Mapping[str, Retriever]
+    records: Sequence[Record], labels: Mapping[str, str], rules: Sequence[Rule], methods: Mapping[str, Finder]
 ) -> dict[str, dict[str, Measure]]:
-    """Return for each method Recall@1/5/10/30, MRR and nDCG@10 of the labelled rule.
+    """Return for each method Recall at :data:`CUTS`, MRR and nDCG@10 of the labelled rule.
 
     Args:
         records: the questions; their answers are not used.
         labels: record id → id of its rule.
         rules: what is searched.
-        methods: name → retriever over the rules.
+        methods: name → what finds the rules.
 
     Raises:
         KeyError: a record has no label.
@@ -86,15 +100,15 @@ def evaluate_examples(
     examples: Sequence[Record],
     methods: Mapping[str, Retriever],
 ) -> dict[str, dict[str, Measure]]:
-    """Return for each method the ROUGE-1 of the nearest example's reason, and how often that example has the
-    question's rule.
+    """Return for each method the ROUGE-1 of the nearest example's reason, how much that is above the first method's
+    (a paired difference), and how often that example has the question's rule.
 
     The oracle takes the example whose reason is most like the gold one; a random choice is given by its expectation
     over all examples. Neither may take a solved question about the same sentence. A method that finds nothing scores 0.
 
     Args:
         records: questions with gold answers, which only the measure looks at.
-        labels: record id → id of its rule; may lack examples, then the second measure is left out.
+        labels: record id → id of its rule; may lack examples, then the last measure is left out.
         examples: what is searched.
         methods: name → retriever over the examples.
     """
@@ -109,12 +123,10 @@ def evaluate_examples(
     allowed = np.ones_like(rouge)
     twins = Retriever(example_documents(examples), ())
     for row, record in zip(allowed, records, strict=True):
-        row[list(twins.twins(record))] = 0
+        row[list(twins.withheld_from(record))] = 0
 
-    def of_choice(weights: "NDArray[np.float64]") -> dict[str, Measure]:
-        """Weights of shape (questions, examples): the probability of taking each."""
-        found = {"copied reason ROUGE-1": measure((weights * rouge).sum(1))}
-        return found if same is None else {**found, "same rule": measure((weights * same).sum(1))}
+    def nearest_of(retriever: Retriever) -> "NDArray[np.float64]":
+        return one_each([hits[0].position if hits else None for hits in retriever.search_all(records, 1)])
 
     def one_each(places: Sequence[int | None]) -> "NDArray[np.float64]":
         weights = np.zeros_like(rouge)
@@ -123,32 +135,108 @@ def evaluate_examples(
                 row[place] = 1
         return weights
 
-    table = {"random": of_choice(allowed / np.maximum(1, allowed.sum(1, keepdims=True)))}
-    for name, retriever in methods.items():
-        nearest = [hits[0].position if hits else None for hits in retriever.search_all(records, 1)]
-        table[name] = of_choice(one_each(nearest))
     best = np.where(allowed > 0, rouge, -1).argmax(1)
-    return {**table, "oracle": of_choice(one_each([int(place) for place in best]))}
+    chosen = {  # probabilities of taking each example, of shape (questions, examples)
+        "random": allowed / np.maximum(1, allowed.sum(1, keepdims=True)),
+        **{name: nearest_of(retriever) for name, retriever in methods.items()},
+        "oracle": one_each([int(place) for place in best]),
+    }
+    scores = {name: (weights * rouge).sum(1) for name, weights in chosen.items()}
+    first = next(iter(methods), "random")
+    table = {}
+    for name, weights in chosen.items():
+        table[name] = {"copied reason ROUGE-1": measure(scores[name])}
+        table[name][f"above {first}"] = measure(scores[name] - scores[first])
+        if same is not None:
+            table[name]["same rule"] = measure((weights * same).sum(1))
+    return table
 
 
-def methods(
-    documents: Sequence[Document], dense: Scorer | None = None, reranker: "Reranker | None" = None
-) -> dict[str, Retriever]:
-    """Return the compared retrievers over ``documents``: BM25 step by step, and what the given models add."""
+def evaluate_floor(records: Sequence[Record], retriever: Retriever) -> dict[str, dict[str, Measure]]:
+    """Return what answers without a model score: the first option, or the sentence as it is, and the nearest reason.
+
+    Args:
+        records: questions with gold answers.
+        retriever: over solved questions.
+    """
+    import numpy as np
+
+    from malpyeong.metrics.rouge import rouge_1
+
+    matches, overlaps, formats = [], [], []
+    for record, hits in zip(records, retriever.search_all(records, 1), strict=True):
+        question = read_record(record)
+        sentence = next(iter((*question.options, *question.sentences)), record.question.strip())
+        reason = contest_split(retriever.record(hits[0]).answer or "")[1] if hits else ""
+        answer, gold = f'"{sentence}"{subject_particle(sentence)} 옳다. {reason}', record.answer or ""
+        matches.append(exact_match(answer, gold))
+        formats.append(float(format_problem(answer) is None))
+        reasons = contest_split(answer)[1], contest_split(gold)[1]
+        if all(reasons):
+            overlaps.append(rouge_1(*reasons))
+    columns = {"EM": matches, "ROUGE-1": overlaps or [0.0], "format": formats}
+    return {"no model": {name: measure(np.array(values)) for name, values in columns.items()}}
+
+
+def rule_methods(
+    rules: Sequence[Rule],
+    dense: Scorer | None = None,
+    reranker: "Reranker | None" = None,
+    examples: Sequence[Record] = (),
+    labels: Sequence[Labels | None] = (),
+) -> dict[str, Finder]:
+    """Return what is compared in finding rules: BM25 step by step, what the given models add, and, where ``labels`` of
+    ``examples`` are given, the votes of neighbours, alone and with BM25 (and the dense model)."""
+    documents = rule_documents(rules)
     weighted = BM25(documents)
-    found = {
+    found: dict[str, Finder] = {
         "BM25, morphemes": Retriever(documents, [BM25(documents, bigrams=False, focus_weight=0)]),
         "BM25, + character pairs": Retriever(documents, [BM25(documents, focus_weight=0)]),
         "BM25, + weighted words": Retriever(documents, [weighted]),
     }
-    scorers: list[Scorer] = [weighted]
+    texts = _with_models(found, documents, weighted, dense, reranker)
+    if any(labels):
+        found["neighbours' labels"] = Neighbours(examples, labels, rules, None)
+        found["neighbours' labels and texts"] = Neighbours(examples, labels, rules, texts)
+    return found
+
+
+def example_methods(
+    documents: Sequence[Document], dense: Scorer | None = None, reranker: "Reranker | None" = None
+) -> dict[str, Retriever]:
+    """Return what is compared in finding examples: BM25 of questions and reasons, of questions, with the edit, and what
+    the given models add."""
+    with_reasons = [
+        replace(document, text=f"{document.text}\n{parse_answer(document.record.answer or '').reason}")
+        for document in documents
+        if document.record is not None
+    ]
+    edits = EditBM25(documents)
+    found = {
+        "questions and reasons": Retriever(documents, [BM25(with_reasons)]),
+        "questions": Retriever(documents, [BM25(documents)]),
+        "questions and edits": Retriever(documents, [edits]),
+    }
+    _with_models(found, documents, edits, dense, reranker)
+    return found
+
+
+def _with_models(
+    found: "dict[str, Finder] | dict[str, Retriever]",
+    documents: Sequence[Document],
+    scorer: Scorer,
+    dense: Scorer | None,
+    reranker: "Reranker | None",
+) -> Retriever:
+    """Add the rows of the given models to ``found``; return the retriever without the reranker."""
+    scorers = [scorer]
     if dense is not None:
         scorers.append(dense)
         found["dense"] = Retriever(documents, [dense])
         found["BM25 and dense, fused"] = Retriever(documents, scorers)
     if reranker is not None:
         found["reranked"] = Retriever(documents, scorers, reranker)
-    return found
+    return Retriever(documents, scorers)
 
 
 def rouge_matrix(references: Sequence[str], candidates: Sequence[str]) -> "NDArray[np.float64]":
@@ -229,7 +317,7 @@ def markdown(table: Mapping[str, Mapping[str, Measure]]) -> str:
     lines = [f"| | {' | '.join(names)} |", "|-" * (len(names) + 1) + "|"]
     for method, measures in table.items():
         cells = [
-            f"{one.mean:.3f}" + (f" ({one.low:.3f}–{one.high:.3f})" if one.low != one.high else "")
+            f"{one.mean:.3f}" + (f" ({one.low:.3f} to {one.high:.3f})" if one.low != one.high else "")
             for one in measures.values()
         ]
         lines.append(f"| {method} | {' | '.join(cells)} |")

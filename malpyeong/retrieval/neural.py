@@ -1,17 +1,16 @@
 """Dense retrieval and reranking with local sentence-transformers models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from malpyeong.errors import InputError
-from malpyeong.retrieval.question import Question
+from malpyeong.errors import InputError, needs
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
-    from malpyeong.retrieval.search import Document
+    from malpyeong.retrieval.search import Document, Query
 
 Model = TypeVar("Model")
 
@@ -33,6 +32,7 @@ class Dense:
     """
 
     def __init__(self, documents: Sequence["Document"], model: str, device: str | None = None) -> None:
+        needs("sentence_transformers", "retrieval")
         from sentence_transformers import SentenceTransformer
 
         self._model = _load(model, lambda: SentenceTransformer(model, device=device))
@@ -45,16 +45,18 @@ class Dense:
             show_progress_bar=len(documents) > _LONG,
         )
 
-    def scores(self, questions: Sequence[Question]) -> "NDArray[np.float32]":
-        """Return scores of shape (questions, documents)."""
+    def scores(
+        self, queries: Sequence["Query"], left_out: Sequence[Collection[int]] | None = None
+    ) -> "NDArray[np.float32]":
+        """Return scores of shape (queries, documents); no document has an influence on another's."""
         import numpy as np
 
-        queries = self._model.encode_query(
-            [query_text(question) for question in questions],
+        encoded = self._model.encode_query(
+            [query_text(query) for query in queries],
             normalize_embeddings=True,
-            show_progress_bar=len(questions) > _LONG,
+            show_progress_bar=len(queries) > _LONG,
         )
-        scores: NDArray[np.float32] = np.round(queries @ self._documents.T, _DECIMALS).astype(np.float32)
+        scores: NDArray[np.float32] = np.round(encoded @ self._documents.T, _DECIMALS).astype(np.float32)
         return scores
 
 
@@ -70,26 +72,27 @@ class Reranker:
     """
 
     def __init__(self, model: str, device: str | None = None) -> None:
+        needs("sentence_transformers", "retrieval")
         from sentence_transformers import CrossEncoder
 
         self._model = _load(model, lambda: CrossEncoder(model, device=device))
         if self._model.num_labels != 1:
             raise InputError(f"{model}: gives {self._model.num_labels} scores a pair; a reranker gives one")
 
-    def scores(self, pairs: Sequence[tuple[Question, str]]) -> "NDArray[np.float32]":
-        """Return the score of each (question, text of a document)."""
+    def scores(self, pairs: Sequence[tuple["Query", str]]) -> "NDArray[np.float32]":
+        """Return the score of each (query, text of a document)."""
         import numpy as np
 
         found = self._model.predict(
-            [(query_text(question), text) for question, text in pairs], show_progress_bar=len(pairs) > _LONG
+            [(query_text(query), text) for query, text in pairs], show_progress_bar=len(pairs) > _LONG
         )
         scores: NDArray[np.float32] = np.round(found, _DECIMALS).astype(np.float32)
         return scores
 
 
-def query_text(question: Question) -> str:
+def query_text(query: "Query") -> str:
     """Return a question as an encoder reads it: the words it is about first, where they are known."""
-    return "\n".join((*question.focus, question.text))
+    return "\n".join((*query.focus, query.text))
 
 
 def load_encoder(name: str, dtype: str, max_length: int) -> "SentenceTransformer":
@@ -103,6 +106,7 @@ def load_encoder(name: str, dtype: str, max_length: int) -> "SentenceTransformer
     Raises:
         InputError: there is no such model here and it cannot be downloaded.
     """
+    needs("sentence_transformers", "retrieval")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.util import is_sentence_transformer_model

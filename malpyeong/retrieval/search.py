@@ -1,23 +1,46 @@
 """Ranking documents for questions: one or several scorers, fusion, reranking, and no record that is its own example."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from malpyeong.contest.answer import parse_answer
+from malpyeong.contest.question import read_record
 from malpyeong.contest.records import Record
-from malpyeong.retrieval.question import Question, changed_words, read_question, readings
-from malpyeong.rules import Rule
+from malpyeong.contest.rulebook import Rule
+from malpyeong.retrieval.edits import NO_EDIT, Edit, asked_edit, solved_edit
+from malpyeong.retrieval.question import changed_words, readings
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from malpyeong.retrieval.neural import Reranker
 
 # Reciprocal rank fusion (Cormack, Clarke & Büttcher 2009): the sum over scorers of 1 / (60 + rank).
 _RRF = 60
 RERANKED = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question as search sees it; nothing of an answer is in it.
+
+    Attributes:
+        id: of its record.
+        solved: whether the record has an answer, so that its twins must not be found.
+        sentences: that it may be about; see :func:`malpyeong.retrieval.question.readings`.
+        question_type: 선택형 or 교정형.
+        text: see :class:`malpyeong.retrieval.question.Question`.
+        focus: likewise.
+        edit: what its options or its listed sentences differ in.
+    """
+
+    id: str
+    solved: bool
+    sentences: frozenset[str]
+    question_type: str
+    text: str
+    focus: tuple[str, ...]
+    edit: Edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +51,14 @@ class Document:
         id: of the rule or record.
         text: what is searched.
         focus: the words that it is about, where they are known.
+        edit: what its answer or its options change.
         record: the solved question, None for a rule.
     """
 
     id: str
     text: str
     focus: tuple[str, ...] = ()
+    edit: Edit = NO_EDIT
     record: Record | None = None
 
 
@@ -55,9 +80,37 @@ class Hit:
 class Scorer(Protocol):
     """Scores documents for questions."""
 
-    def scores(self, questions: Sequence[Question]) -> "NDArray[np.float32]":
-        """Return scores of shape (questions, documents); -inf where a document is not found."""
+    def scores(
+        self, queries: Sequence[Query], left_out: Sequence[Collection[int]] | None = None
+    ) -> "NDArray[np.floating]":
+        """Return scores of shape (queries, documents); -inf where a document is not found.
+
+        The documents that are left out for a query have no influence on the others' scores.
+        """
         ...
+
+
+class PairScorer(Protocol):
+    """Scores a question and a document together: a reranker."""
+
+    def scores(self, pairs: Sequence[tuple[Query, str]]) -> "NDArray[np.float32]":
+        """Return the score of each (query, text of a document)."""
+        ...
+
+
+def read_query(record: Record) -> Query:
+    """Return what search may know of a record: its question."""
+    unsolved = replace(record, answer=None)
+    question = read_record(record)
+    return Query(
+        record.id,
+        record.answer is not None,
+        readings(unsolved),
+        record.question_type,
+        question.text,
+        question.focus,
+        asked_edit(unsolved),
+    )
 
 
 def rule_documents(rules: Sequence[Rule]) -> list[Document]:
@@ -66,7 +119,9 @@ def rule_documents(rules: Sequence[Rule]) -> list[Document]:
 
 
 def example_documents(records: Sequence[Record]) -> list[Document]:
-    """Return solved questions as documents: question and reason, with the words that the answer is about.
+    """Return solved questions as documents: the question, with the words and the edit that the answer is about.
+
+    The reason is no part of the text: it shares words with other reasons, not with questions.
 
     Raises:
         ValueError: a record has no answer.
@@ -75,18 +130,21 @@ def example_documents(records: Sequence[Record]) -> list[Document]:
     for record in records:
         if record.answer is None:
             raise ValueError(f"record {record.id} has no answer")
-        text = f"{read_question(record.question).text}\n{parse_answer(record.answer).reason}"
-        documents.append(Document(record.id, text, changed_words(record), record))
+        text = read_record(record).text
+        documents.append(Document(record.id, text, changed_words(record), solved_edit(record), record))
     return documents
 
 
 class Retriever:
     """Finds documents for questions.
 
-    The order is the same on every run: equal scores keep the order of the documents. A solved question is never
-    found for itself: one with the record's id, or one about the same sentence (see
-    :func:`malpyeong.retrieval.question.readings`), is passed over, because in the contest no test question has such a
-    twin, and a model that meets its own answer among the examples learns to copy it.
+    The order is the same on every run: equal scores keep the order of the documents.
+
+    A twin is a solved question about the same sentence (see :func:`malpyeong.retrieval.question.readings`), or one with
+    the same id. Where the question has an answer itself, as in training, its twins are passed over, because a model
+    that meets its own answer among the examples learns to copy it. Where it has none, nothing can leak: a twin about
+    the same sentence is the best example there is, and is found first. Only one with the id as well is taken for the
+    question itself.
 
     Args:
         documents: what is searched.
@@ -95,14 +153,16 @@ class Retriever:
     """
 
     def __init__(
-        self, documents: Sequence[Document], scorers: Sequence[Scorer], reranker: "Reranker | None" = None
+        self, documents: Sequence[Document], scorers: Sequence[Scorer], reranker: "PairScorer | None" = None
     ) -> None:
         self._documents, self._scorers, self._reranker = documents, scorers, reranker
-        self._positions: dict[str, list[int]] = {}
+        self._with_id: dict[str, set[int]] = {}
+        self._with_sentence: dict[str, set[int]] = {}
         for position, document in enumerate(documents):
             if document.record is not None:
-                for key in self._keys(document.record):
-                    self._positions.setdefault(key, []).append(position)
+                self._with_id.setdefault(document.record.id, set()).add(position)
+                for sentence in readings(document.record):
+                    self._with_sentence.setdefault(sentence, set()).add(position)
 
     def search(self, record: Record, k: int) -> list[Hit]:
         """Return the best ``k`` documents (fewer if fewer are found), best first."""
@@ -110,46 +170,75 @@ class Retriever:
 
     def search_all(self, records: Sequence[Record], k: int) -> list[list[Hit]]:
         """Return the best ``k`` documents for each record. Its answer, if it has one, is not looked at, except to
-        know which solved questions are about the same sentence."""
+        know which solved questions are its twins."""
         import numpy as np
 
-        questions = [read_question(record.question) for record in records]
-        matrices = [scorer.scores(questions) for scorer in self._scorers]
+        queries = [read_query(record) for record in records]
+        withheld = [self.withheld_from(record) for record in records]
+        twins = [self._about(query.sentences) - gone for query, gone in zip(queries, withheld, strict=True)]
         found: list[list[Hit]] = []
-        for row, record in enumerate(records):
-            twins = list(self.twins(record))
-            rows = [matrix[row].astype(np.float64) for matrix in matrices]
-            for scores in rows:
-                scores[twins] = -np.inf
-            scores = rows[0] if len(rows) == 1 else _fused(rows)
-            best = np.argsort(-scores, kind="stable")[: k if self._reranker is None else max(k, RERANKED)]
-            best = best[np.isfinite(scores[best])]
+        for scores, first in zip(self.scores(queries, withheld), twins, strict=True):
+            others = np.ones(len(scores), dtype=bool)
+            others[list(first)] = False
+            best = np.lexsort((-scores, others))
+            best = best[np.isfinite(scores[best])][: k if self._reranker is None else max(k, RERANKED)]
             found.append([Hit(self._documents[place].id, int(place), round(float(scores[place]), 6)) for place in best])
         if self._reranker is not None:
-            found = self._reranked(self._reranker, questions, found)
+            found = self._reranked(self._reranker, queries, found, twins)
         return [hits[:k] for hits in found]
 
-    def twins(self, record: Record) -> set[int]:
-        """Return the positions of the solved questions that are this record or about the same sentence."""
-        return {position for key in self._keys(record) for position in self._positions.get(key, ())}
+    def scores(
+        self, queries: Sequence[Query], left_out: Sequence[Collection[int]] | None = None
+    ) -> "NDArray[np.float64]":
+        """Return the scores of the only scorer, or the fused ones, of shape (queries, documents); -inf where a document
+        is not found or left out."""
+        import numpy as np
 
-    @staticmethod
-    def _keys(record: Record) -> list[str]:
-        return [f"id {record.id}", *(f"sentence {reading}" for reading in readings(record))]
+        matrices = [scorer.scores(queries, left_out).astype(np.float64) for scorer in self._scorers]
+        for matrix in matrices:
+            for row, gone in zip(matrix, left_out or (), strict=left_out is not None):
+                row[list(gone)] = -np.inf
+        if len(matrices) == 1:
+            return matrices[0]
+        return np.array([_fused(rows) for rows in zip(*matrices, strict=True)])
+
+    def withheld(self, query: Query) -> set[int]:
+        """Return the positions of the documents that must not be found: a solved question's twins, and itself."""
+        with_id, about = self._with_id.get(query.id, set()), self._about(query.sentences)
+        return with_id | about if query.solved else with_id & about
+
+    def withheld_from(self, record: Record) -> set[int]:
+        """Return the same, and where the record has an answer also the documents about that answer's sentence."""
+        return self.withheld(replace(read_query(record), sentences=readings(record)))
+
+    def record(self, hit: Hit) -> Record:
+        """Return the solved question that was found."""
+        record = self._documents[hit.position].record
+        if record is None:
+            raise ValueError(f"{hit.id} is a rule")
+        return record
+
+    def _about(self, sentences: Collection[str]) -> set[int]:
+        return {position for sentence in sentences for position in self._with_sentence.get(sentence, ())}
 
     def _reranked(
-        self, reranker: "Reranker", questions: Sequence[Question], found: Sequence[Sequence[Hit]]
+        self,
+        reranker: "PairScorer",
+        queries: Sequence[Query],
+        found: Sequence[Sequence[Hit]],
+        twins: Sequence[Collection[int]],
     ) -> list[list[Hit]]:
         pairs = [
-            (question, self._documents[hit.position].text)
-            for question, hits in zip(questions, found, strict=True)
+            (query, self._documents[hit.position].text)
+            for query, hits in zip(queries, found, strict=True)
             for hit in hits[:RERANKED]
         ]
         scores = iter(reranker.scores(pairs) if pairs else ())
         ordered = []
-        for hits in found:
+        for hits, first in zip(found, twins, strict=True):
             scored = [Hit(hit.id, hit.position, float(next(scores))) for hit in hits[:RERANKED]]
-            ordered.append(sorted(scored, key=lambda hit: -hit.score) + list(hits[RERANKED:]))
+            scored.sort(key=lambda hit: (hit.position not in first, -hit.score))
+            ordered.append(scored + list(hits[RERANKED:]))
         return ordered
 
 

@@ -3,6 +3,5 @@
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-BANK = FOLDER / "bank"
 DATA = FOLDER / "data"
 TINY_BASE = FOLDER / "tiny_base"

@@ -1,15 +1,21 @@
-"""Stop a run that can learn nothing, and say why: silence costs an evening of somebody's GPU."""
+"""What watches a run: stop one that can learn nothing, and say why; time each step and note its memory."""
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import click
 from transformers import TrainerCallback
 
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
-from malpyeong.models.memory import Backend, estimate_recipe
+from malpyeong.models.memory import Backend, estimate_recipe, lever_text, shape_of
+from malpyeong.training.run import logged, weights_digest
+
+if TYPE_CHECKING:
+    from malpyeong.training.rewards import RewardRun
 
 STEPS = 10
 
@@ -44,22 +50,120 @@ class Guards(TrainerCallback):
 def _findings(logs: dict[str, Any]) -> dict[str, bool]:
     """Return for each thing that this row tells about whether it is wrong."""
     found = {}
-    numbers = [float(logs[key]) for key in ("loss", "grad_norm") if key in logs]
+    numbers = [float(logs[key]) for key in ("loss", "grad_norm") if logs.get(key) is not None]
     if numbers:
         found[
             "had a loss or gradient that is not a number; lower training.learning_rate, or set model.dtype"
         ] = not all(map(math.isfinite, numbers))
-    if "dead_groups" in logs:
+    if (dead := logged(logs, "dead_groups")) is not None:
         found[
             "had only dead groups: all answers to a question earn the same, so nothing can be learnt; raise "
             "training.temperature or training.num_generations, or take questions that the model does not know by heart"
-        ] = logs["dead_groups"] >= 1
-    if "completions/clipped_ratio" in logs:
+        ] = dead >= 1
+    if (clipped := logged(logs, "completions/clipped_ratio")) is not None:
         found[
             "cut off more than half of the completions; raise training.max_completion_length, or train SFT longer: "
             "the model has not learnt to stop"
-        ] = logs["completions/clipped_ratio"] > 0.5
+        ] = clipped > 0.5
     return found
+
+
+class StepClock(TrainerCallback):
+    """Put into the trainer's log what a step took, and the GPU's memory at its fullest moment.
+
+    Where several steps are logged together: their mean, and the peak of all.
+
+    - ``step_seconds``: without evaluating, logging and saving.
+    - ``generate_seconds``, ``reward_seconds``, ``update_seconds``: what GRPO's sampling, rewards and all the rest took.
+    - ``peak_allocated_gib``, ``peak_reserved_gib``: as torch's allocator counts them; not on a CPU.
+
+    Args:
+        rewards: of a GRPO run.
+    """
+
+    def __init__(self, rewards: "RewardRun | None" = None) -> None:
+        self._rewards = rewards
+        self._steps: list[dict[str, float]] = []
+        self._start = self._generated = self._rewarded = 0.0
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Count what is done inside as sampling."""
+        start = _synchronised()
+        yield
+        self._generated += _synchronised() - start
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Start the clock."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._generated, self._rewarded = 0.0, self._rewards.seconds if self._rewards else 0.0
+        self._start = _synchronised()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Note what the step took."""
+        import torch
+
+        step = {"step_seconds": _synchronised() - self._start}
+        if self._rewards is not None:
+            step["generate_seconds"] = self._generated
+            step["reward_seconds"] = self._rewards.seconds - self._rewarded
+            step["update_seconds"] = step["step_seconds"] - step["generate_seconds"] - step["reward_seconds"]
+        if torch.cuda.is_available():
+            step["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            step["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        self._steps.append(step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
+        """Add the figures to what was logged of training, here and in the trainer's history."""
+        if "loss" not in (logs or {}) or not self._steps:
+            return
+        found = {}
+        for name in self._steps[0]:
+            values = [step[name] for step in self._steps]
+            found[name] = max(values) if name.startswith("peak_") else fmean(values)
+        logs.update(found)
+        state.log_history[-1].update(found)
+        self._steps = []
+
+
+def _synchronised() -> float:
+    """Return the time, in seconds, at which all that was asked of the GPU is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that training has left something to use.
+
+    Args:
+        weights: what is trained, name → tensor.
+        before: :func:`malpyeong.training.run.weights_digest` of them before training.
+        log: what the trainer logged.
+
+    Raises:
+        TrainingStoppedError: they are as before, or hold what is no number.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+        raise TrainingStoppedError("training has left weights that are not numbers; lower training.learning_rate")
+    if weights_digest(weights) != before:
+        return
+    rates, gradients = ([logged(row, key) for row in log if key in row] for key in ("learning_rate", "grad_norm"))
+    if rates and all(rate == 0 for rate in rates):
+        reason = "the learning rate was 0 at every step: warm-up is longer than the run; set training.warmup_steps=0"
+    elif gradients and all(gradient == 0 for gradient in gradients):
+        reason = (
+            "every gradient was 0, as where all answers to a question earn the same; raise training.temperature, or "
+            "take other questions"
+        )
+    else:
+        reason = "look at the loss and the rewards of the steps above"
+    raise TrainingStoppedError(f"training has changed no weight: {reason}")
 
 
 @contextmanager
@@ -81,8 +185,6 @@ def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe | None, backend: Backen
 
 def out_of_memory_text(recipe: SFTRecipe | GRPORecipe | None, backend: Backend, peak: float, whole: float) -> str:
     """Return what to do after a run needed more than a card has, its peak and size in GiB."""
-    from malpyeong.doctor import lever_text, shape_of
-
     shape = shape_of(recipe.model.name) if recipe else None
     # The card was too small whatever the estimate says: aim for four fifths of what the estimate gives this recipe.
     if recipe is None:

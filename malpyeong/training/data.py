@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.config.recipe import GRPORecipe, Mode, PromptData, SFTRecipe
+from malpyeong.config.recipe import GRPORecipe, Mode, PromptData, SFTRecipe, TrainingData
+from malpyeong.contest.leaks import shared_questions
 from malpyeong.contest.records import Record, load_records
 from malpyeong.errors import InputError, printable
 from malpyeong.models.environment import keep_compiled_code
-from malpyeong.models.load import check_adapter, pick_dtype
+from malpyeong.models.load import adapter_folder, check_adapter, pick_dtype
 from malpyeong.models.memory import Backend
 from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import (
@@ -24,7 +25,18 @@ from malpyeong.prompts.messages import (
     prompt_ids,
 )
 from malpyeong.prompts.rule_choice import NONE, Labels, is_readable, load_labels, tag
-from malpyeong.training.run import adapter_digest, check_run, finish_run, has_ended, start_run
+from malpyeong.training.run import (
+    Inputs,
+    best_checkpoint,
+    check_run,
+    finish_run,
+    is_last,
+    logged,
+    run_has_ended,
+    start_run,
+    trained_weights,
+    weights_digest,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,6 +77,21 @@ class Questions:
         return lengths
 
 
+def load_train(data: TrainingData) -> list[Record]:
+    """Read the questions of ``data.train``, without those of ``data.dev`` where ``data.drop_leaks`` says so.
+
+    Raises:
+        InputError: a file is defective, or no question is left.
+    """
+    records = load_records(data.train, answers="gold")
+    if data.drop_leaks and data.dev:
+        leaked = {record.id for record in shared_questions(records, load_records(data.dev))}
+        records = [record for record in records if record.id not in leaked]
+        if not records:
+            raise InputError(f"{data.train}: every question is in {data.dev} too; name another data.train or data.dev")
+    return records
+
+
 def load_questions(path: str, data: PromptData) -> Questions:
     """Read a file of questions; see :func:`with_prompt_data`."""
     return with_prompt_data(load_records(path, answers="gold"), data)
@@ -100,24 +127,29 @@ def with_prompt_data(records: Sequence[Record], data: PromptData) -> Questions:
     return Questions(records, data.mode, contexts, labels)
 
 
-def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[list[Path], Path | None] | None:
+def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path | None] | None:
     """Look at the run's folder before anything is loaded.
 
     Returns:
-        (the files that the run is made from, the checkpoint to go on from or None), or None if the run has ended, which
-        is said on the screen.
+        (what the run is made from, the checkpoint to go on from or None), or None if the run has ended, which is said
+        on the screen.
 
     Raises:
         InputError: see :func:`malpyeong.training.run.check_run`; or the recipe's adapter is none.
     """
     output = Path(recipe.training.output)
-    named = (getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels"))
-    inputs = [Path(path) for path in named if path]
+    files = {name: getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels")}
+    inputs: dict[str, Path | list[Path] | str] = {f"data.{name}": Path(path) for name, path in files.items() if path}
     if recipe.model.adapter:
         check_adapter(recipe.model.adapter)
-        inputs.append(Path(recipe.model.adapter) / "adapter_model.safetensors")
+        inputs["model.adapter"] = adapter_folder(recipe.model.adapter) / "adapter_model.safetensors"
+    inputs["model.name"] = recipe.model.name
+    scorers = getattr(recipe.data, "scorers", None)
+    for name in ("bertscore", "bleurt"):
+        if scorer := getattr(scorers, name, None):
+            inputs[f"data.scorers.{name}"] = scorer
     checkpoint = check_run(output, recipe, inputs, resume)
-    if (output / "adapter").exists():
+    if run_has_ended(output, recipe):
         click.echo(f"{output / 'adapter'}: this run has ended already")
         return None
     return inputs, checkpoint
@@ -213,7 +245,7 @@ def train(
     tokenizer: "PreTrainedTokenizerBase",
     recipe: SFTRecipe | GRPORecipe,
     backend: Backend,
-    inputs: Sequence[Path],
+    inputs: Inputs,
     checkpoint: Path | None,
 ) -> None:
     """Train, and leave a complete run's folder.
@@ -223,29 +255,29 @@ def train(
         tokenizer: saved beside the adapter, with ``model.max_length`` for its ``model_max_length``.
         recipe: written down in the run's folder.
         backend: that the model was loaded with.
-        inputs: files that the run is made from.
+        inputs: what the run is made from.
         checkpoint: where to go on from; one that was written at the very end is only loaded.
 
     Raises:
-        RuntimeError: nothing was learnt.
-        TrainingStoppedError: going on is pointless (see ``malpyeong.training.callbacks``), or the GPU's memory does
-            not suffice.
+        TrainingStoppedError: going on is pointless (see ``malpyeong.training.callbacks``), nothing was learnt, or the
+            GPU's memory does not suffice.
     """
     from transformers import TrainerState
 
-    from malpyeong.training.callbacks import Guards, explain_out_of_memory
+    from malpyeong.training.callbacks import Guards, check_learnt, explain_out_of_memory
 
     output = Path(recipe.training.output)
     keep_adapter_in_float32(trainer.model)
     show_progress(trainer)
+    keep_to_arguments(trainer)
     trainer.add_callback(Guards())
-    before = adapter_digest(trainer.model)
+    before = weights_digest(trained_weights(trainer.model))
     start_run(output, recipe, inputs)
     if checkpoint is not None:
         click.echo(f"going on from {checkpoint}")
-    if checkpoint is not None and has_ended(checkpoint):
+    if checkpoint is not None and is_last(checkpoint, getattr(recipe.training, "max_steps", None)):
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(checkpoint))
+        trainer._load_from_checkpoint(str(best_checkpoint(checkpoint)))
     else:
         if backend == "unsloth":
             folder = keep_compiled_code()
@@ -254,8 +286,10 @@ def train(
             )
         with explain_out_of_memory(recipe, backend):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    log = trainer.state.log_history
+    check_learnt(trained_weights(trainer.model), before, log)
     tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it
-    finish_run(output, trainer.model, tokenizer, recipe.model.name, before, trainer.state.log_history)
+    finish_run(output, trainer.model, tokenizer, recipe.model.name, log)
 
 
 # What a step's line shows, in this order; everything else is in log.json.
@@ -267,7 +301,9 @@ _SHOWN = {
     "completions/mean_length": "tokens",
     "completions/clipped_ratio": "cut off",
     "grad_norm": "gradient",
-    "reward_seconds": "reward seconds",
+    "step_seconds": "seconds",
+    "generate_seconds": "sampling",
+    "reward_seconds": "rewards",
 }
 
 
@@ -285,11 +321,22 @@ def show_progress(trainer: Any) -> None:  # noqa: ANN401 -- a transformers Train
     trainer.add_callback(ShortProgress)
 
 
+def keep_to_arguments(trainer: Any) -> None:  # noqa: ANN401 -- a transformers Trainer
+    """Let a resumed run save and log as often as its own arguments say, not as the checkpoint's said."""
+    from transformers import TrainerCallback
+
+    class OwnArguments(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+            state.compute_steps(args, state.max_steps)
+
+    trainer.add_callback(OwnArguments())
+
+
 def progress_line(step: int, logs: dict[str, Any]) -> str:
     """Return one line of the numbers that tell whether training goes well, or "" if there are none."""
     rewards = {key: key.split("/")[1] for key in logs if key.startswith("rewards/") and key.endswith("/mean")}
-    names = {**_SHOWN, **rewards}
-    parts = [f"{name} {float(logs[key]):.4g}" for key, name in names.items() if key in logs]
+    numbers = {name: logged(logs, key) for key, name in {**_SHOWN, **rewards}.items()}
+    parts = [f"{name} {number:.4g}" for name, number in numbers.items() if number is not None]
     return f"step {step}: {', '.join(parts)}" if parts else ""
 
 

@@ -24,14 +24,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from malpyeong.contest.answer import subject_particle
-from malpyeong.contest.options import options
+from malpyeong.contest.particles import subject_particle
+from malpyeong.contest.question import options
 from malpyeong.contest.records import Record
+from malpyeong.contest.rulebook import Rule
 from malpyeong.errors import InputError, printable
 from malpyeong.files import PartFile
 from malpyeong.prompts.context import load_contexts
 from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
-from malpyeong.rules import Rule
 from malpyeong.training.perplexity import Row, check_parts, perplexities, shared_prefix
 
 if TYPE_CHECKING:

@@ -168,17 +168,13 @@ def load_models(names: Iterable[str], scorers: "ScorersBlock | None") -> dict[st
     Raises:
         InputError: one is not on this machine, damaged, or of another kind.
     """
-    from malpyeong.metrics.bertscore import BERTScore
-    from malpyeong.metrics.bleurt import BLEURT
+    from malpyeong.metrics.scorers import load_scorer
 
     needed = {model for name in names for model in REWARD_MODELS[name]}
     if not needed:
         return {}
     assert scorers is not None  # checked with the recipe
-    kinds: dict[str, Callable[..., PairScorer]] = {"bertscore": BERTScore, "bleurt": BLEURT}
-    return {
-        name: kinds[name](getattr(scorers, name), device=scorers.device, dtype=scorers.dtype) for name in sorted(needed)
-    }
+    return {name: load_scorer(name, getattr(scorers, name), scorers.device, scorers.dtype) for name in sorted(needed)}
 
 
 class RewardRun:
@@ -189,7 +185,6 @@ class RewardRun:
 
     - ``dead_groups``: share of groups whose answers all earn the same in every reward; nothing is learnt from them.
     - ``group_std/NAME``: standard deviation of a component within a group, mean over the groups.
-    - ``reward_seconds``: what all the functions took together.
 
     TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
 
@@ -215,7 +210,6 @@ class RewardRun:
         self._weights, self._num_generations, self._min_group_std = dict(weights), num_generations, min_group_std
         self._models = {f"{name}_model": model for name, model in (models or {}).items()}
         self._step: dict[str, Rewards] = {}
-        self._step_seconds = 0.0
         self.seconds = 0.0
 
     @property
@@ -236,7 +230,7 @@ class RewardRun:
             if "candidates" in columns and name != "choice":  # the answer is what follows it
                 judged = [split_choice(completion_text(completion))[1] for completion in completions]
             rewards = function(completions=judged, **columns, **self._models)
-            self._step_seconds += time.perf_counter() - start
+            self.seconds += time.perf_counter() - start
             self._step[name] = rewards
             if name == list(self._weights)[-1]:
                 if log_metric is not None:
@@ -246,8 +240,7 @@ class RewardRun:
                     log_extra("question", [prompt[-1]["content"] for prompt in columns["prompts"]])
                     for key in ("record_id", "reference"):
                         log_extra(key, list(columns[key]))
-                self.seconds += self._step_seconds
-                self._step, self._step_seconds = {}, 0.0
+                self._step = {}
             return self._without_noise(rewards)
 
         return call
@@ -267,11 +260,11 @@ class RewardRun:
         return quiet
 
     def _statistics(self) -> dict[str, float]:
-        found = {"reward_seconds": self._step_seconds}
+        found = {}
         for name, rewards in self._step.items():
             known = [[value for value in group if value is not None] for group in self._groups(rewards)]
-            spreads = [statistics.stdev(group) for group in known if len(group) > 1]
-            found[f"group_std/{name}"] = statistics.fmean(spreads) if spreads else 0.0
+            if deviations := [statistics.stdev(group) for group in known if len(group) > 1]:
+                found[f"group_std/{name}"] = statistics.fmean(deviations)
         quiet = [self._without_noise(self._step[name]) for name, weight in self._weights.items() if weight]
         dead = [
             all(len({value for value in group if value is not None}) <= 1 for group in groups)

@@ -1,11 +1,12 @@
-"""Build the sample splits and the rule book from the item bank: ``python -m malpyeong.samples.build``.
+"""Build the sample splits and the rule book from the item bank: ``python -m tools.samples.build``.
 
 Every item has five sentence frames. One frame of each item is kept out of ``train``, for ``explore``, ``dev`` or
 ``test``, so that those splits ask known norms in sentences that SFT never saw. ``explore`` is what GRPO trains on: on
 questions that SFT knows by heart the completions hardly differ and there is little to learn. It asks every item, in a
 sixth sentence that is there only: what GRPO never asks, it forgets. One item in nine is kept out of training
 altogether and makes the ``unseen`` split. The rare forms (``specials.yaml``) have one sentence each, which the other
-splits ask with other words in its slots. The result depends on nothing but the bank.
+splits ask with other words in its slots. ``contest_like`` stands in for the contest's own files (see
+:mod:`tools.samples.contest_like`). The result depends on nothing but the bank.
 """
 
 import json
@@ -18,12 +19,15 @@ from typing import Any
 
 import click
 
-from malpyeong.contest.answer import subject_particle, write_answer
+from malpyeong.contest.answer import write_answer
+from malpyeong.contest.particles import subject_particle
 from malpyeong.contest.records import Record, write_records
 from malpyeong.errors import InputError
 from malpyeong.files import write_text
 from malpyeong.samples import DATA
-from malpyeong.samples.bank import Item, attach, draw_words, fill, load_items, load_rules, load_specials
+from malpyeong.terminal import Command
+from tools.samples.contest_like import build_records
+from tools.samples.items import Item, attach, draw_words, fill, load_items, load_rules, load_specials
 
 SPLITS = ("train", "explore", "dev", "test", "unseen")
 UNSEEN_EVERY = 9
@@ -137,9 +141,9 @@ def _choice(item: Item, sentence: str, rng: random.Random) -> str:
     options = [form for form in (item.right, item.wrong, item.wrong2, item.also_right) if form]
     rng.shuffle(options)
     roll = rng.random()
-    if roll < 0.03:  # stray spaces, as in the contest
+    if roll < 0.03 and not item.also_right:  # stray spaces, as in the contest
         options = [rng.choice((f" {option}", f"{option} ", option)) for option in options]
-    if 0.03 <= roll < 0.07:
+    if 0.03 <= roll < 0.07 or item.also_right:  # braces have one right alternative
         lines = "\n".join(f'"{sentence.replace("[]", option)}"' for option in options)
         return f"{WHICH_LINE}\n{lines}"
     return f'"{sentence.replace("[]", "{" + "/".join(options) + "}")}" {CHOOSE}'
@@ -184,9 +188,19 @@ def _special_record(special: dict[str, Any], words: dict[str, str]) -> Record:
     return Record("", special["type"], question, answer)
 
 
+def contest_like() -> list[Labelled]:
+    """Return the stand-in for the contest's files; its ids follow those of the splits."""
+    first = 1 + sum(map(len, build_splits().values()))
+    category = {rule["id"]: rule["category"] for rule in load_rules()}
+    return [
+        Labelled(replace(record, id=str(id_)), f"contest-like-{id_}", rule, category[rule])
+        for id_, (record, rule) in enumerate(build_records(), first)
+    ]
+
+
 def write_splits(folder: Path) -> None:
     """Write ``{split}.json``, the questions alone of test and unseen, ``labels.json`` and ``rules.json``."""
-    splits = build_splits()
+    splits = build_splits() | {"contest_like": contest_like()}
     for name, entries in splits.items():
         write_records(folder / f"{name}.json", [entry.record for entry in entries])
     for name in ("test", "unseen"):
@@ -202,12 +216,12 @@ def write_splits(folder: Path) -> None:
     write_text(folder / "rules.json", json.dumps(load_rules(), ensure_ascii=False, indent=2) + "\n")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=DATA, help="Folder to write to.")
 def main(output: Path) -> None:
     """Build the sample data from the item bank."""
     write_splits(output)
-    for name, entries in build_splits().items():
+    for name, entries in (build_splits() | {"contest_like": contest_like()}).items():
         click.echo(f"{name}: {len(entries)} records, {len({entry.item for entry in entries})} items")
 
 

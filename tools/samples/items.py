@@ -8,27 +8,12 @@ from typing import Any
 
 import yaml
 
-from malpyeong.contest.answer import has_final_consonant
-from malpyeong.samples import BANK
+from malpyeong.contest.particles import attach as attach
+from tools.samples import BANK
 
 FILES = ("spacing", "spelling1", "spelling2", "standard", "standard2", "loanword", "punctuation")
 
 _SLOT = re.compile(r"<(?P<kind>[^>]+)>(?:\((?P<particle>[가-힣]+)\))?")
-# What replaces a particle after a vowel; 으로 is 로 after ㄹ too.
-_AFTER_VOWEL = {
-    "은": "는",
-    "이": "가",
-    "을": "를",
-    "과": "와",
-    "으로": "로",
-    "이랑": "랑",
-    "이나": "나",
-    "아": "야",
-    "이라고": "라고",
-    "이라는": "라는",
-    "이었다": "였다",
-    "이라": "라",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +66,6 @@ def load_items() -> list[Item]:
     ]
 
 
-def attach(word: str, particle: str) -> str:
-    """Return ``word`` with a particle, which is given in the form that follows a consonant (은, 이, 으로, …)."""
-    takes_vowel_form = not has_final_consonant(word)
-    if particle == "으로" and _ends_in_rieul(word):
-        takes_vowel_form = True
-    return word + (_AFTER_VOWEL.get(particle, particle) if takes_vowel_form else particle)
-
-
 def draw_words(rng: random.Random) -> dict[str, str]:
     """Draw one word for each kind of slot."""
     return {kind: rng.choice(words) for kind, words in _fillers().items()}
@@ -102,16 +79,6 @@ def fill(sentence: str, words: dict[str, str]) -> str:
         return attach(word, slot["particle"]) if slot["particle"] else word
 
     return _SLOT.sub(choose, sentence)
-
-
-def _ends_in_rieul(word: str) -> bool:
-    letters = [character for character in word if character.isalnum()]
-    if not letters:
-        return False
-    last = letters[-1]
-    if "가" <= last <= "힣":
-        return (ord(last) - ord("가")) % 28 == 8
-    return last in "ㄹ178"
 
 
 @cache

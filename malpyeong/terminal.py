@@ -1,0 +1,34 @@
+"""Terminals that lack a character: a Korean Windows prints CP949, which has no ``–``, no ``ʃ`` and no old Hangul."""
+
+import io
+import json
+import sys
+from typing import Any
+
+import click
+
+
+class Command(click.Command):
+    """A command that prints ``?`` in the place of what the terminal's encoding lacks; the base of all commands here."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- what click takes
+        """Run the command; see :meth:`click.Command.main`."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # stderr prints an escape there anyway
+        return super().main(*args, **kwargs)
+
+
+class Group(Command, click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+
+
+def json_text(value: Any) -> str:  # noqa: ANN401 -- what JSON can hold
+    """Return JSON to print: exact on every terminal, with ``\\u`` escapes where its encoding lacks a character."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=2)
+    return text

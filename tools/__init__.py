@@ -1,0 +1,1 @@
+"""What made the sample data and the tiny base model."""
