@@ -4,18 +4,19 @@ PYTHON ?= $(or $(shell for python in python3.13 python3.12 python3.11 python3.14
   $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && \
   echo $$python && break; done),$(error Python 3.11, 3.12, 3.13 or 3.14 is needed, with venv, and none is here: install one, or name it, as in make setup PYTHON=/usr/bin/python3.12))
 VENV   ?= .venv
-# torch is installed first and pinned: unpinned, other packages pull in several GB of another build.
-TORCH  ?= torch==2.13.0
 DATA   ?= data
 RUNS   ?= runs
 MODELS := tiny $(notdir $(basename $(wildcard recipes/models/*.yaml)))
-EXTRAS := [rules,retrieval$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ',gpu')]
+GPU_EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo ',gpu')
+EXTRAS := [rules,retrieval$(GPU_EXTRA)]
+# The versions that were tested together; without them, other packages pull in several GB of another torch.
+LOCK   ?= $(if $(GPU_EXTRA),constraints/gpu.txt,requirements.lock)
 
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu gpu-check clean
+.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -35,9 +36,18 @@ setup: $(STAMP) ## make .venv and install everything (once)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv "$(VENV)"
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet "$(TORCH)"
-	$(RUN) -m pip install --quiet --editable ".$(EXTRAS)" --group dev
+	$(RUN) -m pip install --quiet --constraint "$(LOCK)" --editable ".$(EXTRAS)" --group dev
 	@touch "$(STAMP)"
+
+setup-vllm: $(STAMP) ## add vLLM, for a GPU from the Ampere generation on
+	$(RUN) -m pip install --quiet --constraint constraints/gpu-vllm.txt --editable ".[gpu,vllm]"
+
+# What pip would install beside the pins of pyproject.toml and these: torchvision, triton and vLLM go with one torch.
+RESOLVE = $(RUN) -m pip install --quiet --dry-run --ignore-installed --use-feature=fast-deps --report - --group dev --editable
+lock: $(STAMP) ## write requirements.lock and constraints/ again (downloads no large packages)
+	$(RESOLVE) ".[rules,retrieval]" torch==2.13.0 | $(RUN) tools/constraints.py lock requirements.lock
+	$(RESOLVE) ".[rules,retrieval,gpu]" torch==2.11.0 | $(RUN) tools/constraints.py lock constraints/gpu.txt
+	$(RESOLVE) ".[rules,retrieval,gpu,vllm]" torch==2.11.0 xgrammar==0.2.1 | $(RUN) tools/constraints.py lock constraints/gpu-vllm.txt
 
 demo: $(STAMP) ## base → SFT → GRPO → merge → submission with the tiny model (10 minutes on two cores)
 	$(RUN) recipes/demo.py -o "$(RUNS)/demo"

@@ -295,7 +295,7 @@ class VLLMEngine(BatchEngine):
             from vllm.lora.request import LoRARequest
         except ImportError:
             raise InputError(
-                'vLLM is not installed; run pip install "malpyeong[vllm]" on a GPU machine, or leave --engine out'
+                "vLLM is not installed; run make setup-vllm on a GPU machine, or leave --engine out"
             ) from None
         tokenizer = tokenizer_for_prediction(model, adapter)
         super().__init__(tokenizer, stop_tokens(model, tokenizer), decoding=decoding, contexts=contexts)

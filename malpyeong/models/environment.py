@@ -32,7 +32,7 @@ def keep_compiled_code() -> Path:
 
     Unsloth's, Inductor's and Triton's lie in one folder for this set of versions (code that another version compiled
     would be used unseen), but for what the user has set. Unsloth forgets Inductor's when it is imported, so that this
-    is called again before the first step.
+    is called again after that.
     """
     os.environ.update(_compiled_code())
     return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from malpyeong.errors import InputError
 from malpyeong.files import digest, write_text
-from malpyeong.models.environment import version_problems
+from malpyeong.models.environment import keep_compiled_code, version_problems
 from malpyeong.models.memory import VLLM_SHARE, Backend
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def choose_backend(model: "ModelBlock") -> Backend:
     usable = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
     if model.backend == "unsloth" and not usable:
         raise InputError(
-            'model.backend is unsloth, which needs a CUDA GPU and the package; run pip install "malpyeong[gpu]" '
-            "on a GPU machine, or set model.backend=hf"
+            "model.backend is unsloth, which needs a CUDA GPU and the package; run make setup on a GPU machine, or set "
+            "model.backend=hf"
         )
     if not usable or model.backend == "hf" or model.dtype == "float32":
         return "hf"
@@ -530,6 +530,7 @@ def base_of_adapter(adapter: str | Path) -> str:
 def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, use_vllm: bool) -> tuple[Any, Any]:
     from unsloth import FastLanguageModel
 
+    keep_compiled_code()
     checkpointing: Any = "unsloth" if gradient_checkpointing else False
     with_vllm = {"max_lora_rank": model.lora.r, "gpu_memory_utilization": VLLM_SHARE} if use_vllm else {}
     loaded, _ = FastLanguageModel.from_pretrained(
@@ -576,7 +577,7 @@ def check_vllm(model: "ModelBlock", use_vllm: bool) -> None:
 
     cure = "leave training.use_vllm out"
     if importlib.util.find_spec("vllm") is None:
-        raise InputError(f'training.use_vllm: vLLM is not installed; pip install "malpyeong[vllm]", or {cure}')
+        raise InputError(f"training.use_vllm: vLLM is not installed; run make setup-vllm, or {cure}")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         raise InputError(f"training.use_vllm: vLLM needs a GPU of the Ampere generation or later, not a T4; {cure}")
     if choose_backend(model) == "hf" and model.load_in_4bit:

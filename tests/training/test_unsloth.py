@@ -17,7 +17,8 @@ import pytest
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
-from malpyeong.models.environment import prepare_environment, version_problems
+from malpyeong.models import environment
+from malpyeong.models.environment import version_problems
 from malpyeong.samples import TINY_BASE
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from tests.training import unsloth_arguments
@@ -72,21 +73,58 @@ def test_nothing_that_a_recipe_imports_before_unsloth_pulls_in_what_it_patches(s
     assert run(code).split("\n")[-2] == "[]"
 
 
-def test_the_environment_is_set_but_for_what_the_user_has_set(monkeypatch):
-    names = ("CUDA_VISIBLE_DEVICES", "UNSLOTH_COMPILE_LOCATION", "UNSLOTH_DISABLE_STATISTICS")
-    for name in names:
+def test_the_environment_is_set_but_for_what_the_user_has_set(monkeypatch, tmp_path):
+    compiled = ("UNSLOTH_COMPILE_LOCATION", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    for name in ("CUDA_VISIBLE_DEVICES", "UNSLOTH_DISABLE_STATISTICS", *compiled):
         monkeypatch.setenv(name, "")  # so that the test's end restores what there was
         monkeypatch.delenv(name)
-    prepare_environment()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment._compiled_code.cache_clear()
+    environment.prepare_environment()
     import torch
 
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == "1"
-    assert f"-{torch.__version__}-" in os.environ["UNSLOTH_COMPILE_LOCATION"]
-    assert Path(os.environ["UNSLOTH_COMPILE_LOCATION"]).is_absolute()
+    folders = {Path(os.environ[name]) for name in compiled}
+    assert len(folders) == 3
+    (kept,) = {folder.parent for folder in folders}
+    assert kept.parent == tmp_path / "malpyeong"
+    assert f"-{torch.__version__}-" in kept.name
+
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    prepare_environment()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    environment._compiled_code.cache_clear()
+    environment.prepare_environment()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")  # as Unsloth does when it is imported
+    assert environment.keep_compiled_code() == tmp_path / "own"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "own")
+    environment._compiled_code.cache_clear()
+
+
+def test_a_clone_that_is_not_installed_is_one_line_with_the_cure(tmp_path):
+    """Everything but our own metadata is there, and the clone on the path."""
+    (site,) = {Path(path).parent for path in find_spec("click").submodule_search_locations}
+    packages, clone = tmp_path / "site", tmp_path / "내려받은 저장소"
+    packages.mkdir()
+    clone.mkdir()
+    for entry in site.iterdir():
+        if "malpyeong" not in entry.name:
+            (packages / entry.name).symlink_to(entry)
+    for name in ("malpyeong", "recipes"):
+        (clone / name).symlink_to(ROOT / name)
+    result = subprocess.run(
+        [sys.executable, "-S", "recipes/sft.py", "recipes/tiny/sft.yaml", f"training.output={tmp_path / 'run'}"],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(clone), str(packages)])},
+    )
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    assert f'pip install --editable "{clone}"' in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_version_that_does_not_fit_is_one_line_with_the_cure(tmp_path, monkeypatch):
