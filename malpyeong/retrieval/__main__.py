@@ -164,8 +164,8 @@ def evaluate(
         return
     for name, tables in report.items():
         for kind, table in tables.items():
-            questions = counted(len(splits[name]), "question")
-            click.echo(f"\n{printable(name)}: {questions}, {sizes[kind]}\n\n{markdown(table)}")
+            shown = counted(len(splits[name]), "question")
+            click.echo(f"\n{printable(name)}: {shown}, {sizes[kind]}\n\n{markdown(table)}")
 
 
 def _retriever(documents: list[Document], scorer: Scorer, dense: str | None, reranker: "Reranker | None") -> Retriever:
