@@ -25,6 +25,11 @@ def printable(text: str, limit: int = 300) -> str:
     return shown + ("…" if len(text) > limit else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and what it counts: ``1 record``, ``2 records``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def needs(package: str, extra: str) -> None:
     """Make sure, before it is imported, that a package is there which only some commands need.
 

@@ -159,7 +159,7 @@ def _print_comparison(console: Console, comparison: dict[str, Any], other: Path)
             low, high = row["confidence_95"]
             table.add_row(_COLUMNS[key], f"{row['value']:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{row['p']:.3f}")
     console.print(table)
-    console.print(f"{comparison['changed_answers']} answers differ")
+    console.print(f"answers that differ: {comparison['changed_answers']}")
     for name, word in (("em_gained", "now right"), ("em_lost", "no longer right")):
         ids = comparison[name]
         if ids:

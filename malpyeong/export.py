@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from malpyeong.contest.records import Record, load_records
-from malpyeong.errors import InputError
+from malpyeong.errors import InputError, counted
 from malpyeong.files import digest, new_folder, write_text
 from malpyeong.samples import DATA
 from malpyeong.terminal import Command
@@ -241,7 +241,7 @@ def main(
             "command), or predict without merging: --adapter and --load-in-4bit"
         ) from None
     click.echo(
-        f"{output}: merged in {parity.dtype}; over {parity.records} prompts the largest logit difference is "
+        f"{output}: merged in {parity.dtype}; over {counted(parity.records, 'prompt')} the largest logit difference is "
         f"{parity.max_logit_diff:.2g}, the likeliest token is the same at {parity.top_token_agreement:.1%} of places, "
         f"same answers: {parity.same_answers}"
     )

@@ -4,8 +4,10 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ def read_bytes(path: Path, expected: str) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
+        raise InputError(f"{path}: no such file; {missing_cure(path)}") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; name the file in it") from None
     except OSError as error:
@@ -35,6 +37,29 @@ def read_bytes(path: Path, expected: str) -> bytes:
     if not data.strip():
         raise InputError(f"{path}: is empty; expected {expected}")
     return data
+
+
+def missing_cure(path: Path) -> str:
+    """Return what to do about a missing file or folder: its name may be there in the other normal form."""
+    twin = nfd_twin(path)
+    if twin is None:
+        return "check the path"
+    if twin.is_dir():
+        return "one of this name in decomposed form (NFD, from macOS) is there: rename it"
+    command = shlex.join(["python", "-m", "malpyeong.nfd", str(path), "-o", str(path)])
+    return f"one of this name in decomposed form (NFD, from macOS) is there: {command} writes it under this one"
+
+
+def nfd_twin(path: Path) -> Path | None:
+    """Return the path that is there where ``path`` is not and only the normal form of its names differs."""
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        names = (part, unicodedata.normalize("NFD", part), unicodedata.normalize("NFC", part))
+        step = next((found / name for name in names if (found / name).exists()), None)
+        if step is None:
+            return None
+        found = step
+    return found if found != path else None
 
 
 def read_text(path: Path, expected: str) -> str:

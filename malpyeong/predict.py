@@ -20,7 +20,7 @@ from malpyeong.contest.question import options
 from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.contest.repair import repair
 from malpyeong.decoding.vote import ReasonScore, choose, rouge_score
-from malpyeong.errors import InputError
+from malpyeong.errors import InputError, counted
 from malpyeong.files import PartFile, check_writable, digest, write_text
 from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import fit_prompts, left_out
@@ -300,7 +300,7 @@ def main(
     write_records(output, answered)
     part.remove()
     well_formed = sum(format_problem(record.answer or "") is None for record in answered)
-    click.echo(f"{output}: {len(records)} answers, {well_formed} well formed; {seconds:.1f} s after loading")
+    click.echo(f"{output}: {counted(len(records), 'answer')}, {well_formed} well formed; {seconds:.1f} s after loading")
 
 
 if __name__ == "__main__":

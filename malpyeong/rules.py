@@ -8,7 +8,7 @@ import click
 
 from malpyeong.contest.rulebook import write_rule_book
 from malpyeong.contest.rulebook_reader import build_rule_book
-from malpyeong.errors import InputError
+from malpyeong.errors import InputError, counted
 from malpyeong.files import check_writable
 from malpyeong.terminal import Group
 
@@ -32,8 +32,8 @@ def build(document: Path, output: Path) -> None:
         click.echo(note, err=True)
     lengths = [len(rule.text) for rule in rules]
     click.echo(
-        f"{output}: {len(rules)} rules, {sum(lengths):,} characters (median {statistics.median(lengths):.0f}, "
-        f"longest {max(lengths):,})"
+        f"{output}: {counted(len(rules), 'rule')}, {counted(sum(lengths), 'character')} "
+        f"(median {statistics.median(lengths):.0f}, longest {max(lengths):,})"
     )
     for category, count in Counter(rule.category for rule in rules).items():
         click.echo(f"  {category}: {count}")

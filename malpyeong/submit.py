@@ -13,7 +13,7 @@ from malpyeong.contest.particles import subject_particle
 from malpyeong.contest.question import options, read_record
 from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
 from malpyeong.contest.repair import restore_jamo
-from malpyeong.errors import InputError, printable
+from malpyeong.errors import InputError, counted, printable
 from malpyeong.terminal import Command
 
 _CURLY_QUOTES = re.compile("[“”‘’]")
@@ -132,8 +132,8 @@ def main(test: Path, prediction: Path, output: Path, strict: bool) -> None:
         raise InputError(f"{output}: not written; {bad} of {len(submission)} answers have problems (see above)")
     write_records(output, submission)
     click.echo(
-        f"{output}: {len(submission)} records, {len(submission) - bad} without problems, {bad} with, "
-        f"{len(unusual)} warnings"
+        f"{output}: {counted(len(submission), 'record')}, {len(submission) - bad} without problems, {bad} with, "
+        f"{counted(len(unusual), 'warning')}"
     )
 
 

@@ -29,6 +29,7 @@ import click
 
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe
+from malpyeong.errors import counted
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import VLLM_SHARE, Backend
@@ -171,9 +172,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
             announce_compilation(backend)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     share = rewards.seconds / (time.perf_counter() - start)
-    click.echo(
-        f"{training.output}/adapter: {trainer.state.global_step} steps; the rewards took {share:.1%} of the time"
-    )
+    steps = counted(trainer.state.global_step, "step")
+    click.echo(f"{training.output}/adapter: {steps}; the rewards took {share:.1%} of the time")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import MiningRecipe
 from malpyeong.contest.records import Record, load_records
 from malpyeong.contest.rulebook import load_rule_book
-from malpyeong.errors import InputError, printable
+from malpyeong.errors import InputError, counted, printable
 from malpyeong.files import PartFile, check_writable, write_text
 from malpyeong.models.load import adapter_folder, check_adapter, load_for_prediction, load_tokenizer
 from malpyeong.terminal import Command
@@ -69,8 +69,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
         load_tokenizer(model_block.name), questions, rules, candidates, model_block.max_length, mining.batch_tokens
     )
     click.echo(
-        f"{len(questions)} questions, {len(rules)} rules: {plan.pairs:,} perplexities, {plan.tokens:,} tokens to "
-        f"compute ({plan.naive_tokens:,} with a whole forward for each)"
+        f"{counted(len(questions), 'question')}, {counted(len(rules), 'rule')}: {plan.pairs:,} perplexities, "
+        f"{plan.tokens:,} tokens to compute ({plan.naive_tokens:,} with a whole forward for each)"
     )
     if estimate:
         return
@@ -108,7 +108,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     write_text(output / "mining.json", json.dumps({"sha256": header, **counts}, indent=2) + "\n")
     write_text(result, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     part.remove()
-    click.echo(f"{result}: the {mining.top_k} best rules for each of {len(rows)} questions")
+    click.echo(f"{result}: the best {counted(mining.top_k, 'rule')} for each of {counted(len(rows), 'question')}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import RetrieverRecipe
 from malpyeong.contest.records import Record, load_records
 from malpyeong.contest.rulebook import Rule, load_rule_book
-from malpyeong.errors import InputError
+from malpyeong.errors import InputError, counted
 from malpyeong.files import new_folder
 from malpyeong.prompts.rule_choice import load_labels
 from malpyeong.retrieval.bm25 import BM25
@@ -100,7 +100,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         records = [record for record in records if record.id in labels]
     check_labels(Path(data.labels), labels, records, rules)
     if data.negatives >= len(rules):
-        raise InputError(f"data.negatives={data.negatives}: {data.rules} has only {len(rules)} rules")
+        raise InputError(f"data.negatives={data.negatives}: {data.rules} has only {counted(len(rules), 'rule')}")
     output = Path(training.output)
     files = {f"data.{name}": Path(getattr(data, name)) for name in ("train", "labels", "rules")}
     inputs: dict[str, Path | list[Path] | str] = {**files, "model.name": model_block.name}
@@ -187,7 +187,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         model.save_pretrained(str(folder), create_model_card=False)
         for file in folder.rglob("tokenizer_config.json"):
             name_old_tokenizer_class(file.parent)
-    click.echo(f"{output / 'model'}: {trainer.state.global_step} steps on {len(rows)} questions and {len(rules)} rules")
+    steps = counted(trainer.state.global_step, "step")
+    click.echo(f"{output / 'model'}: {steps} on {counted(len(rows), 'question')} and {counted(len(rules), 'rule')}")
 
 
 if __name__ == "__main__":

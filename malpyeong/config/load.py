@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from malpyeong.config.gpu import detect, preset
 from malpyeong.config.recipe import AnyRecipe, Block, GRPORecipe, MiningRecipe, RetrieverRecipe, SFTRecipe, hint
 from malpyeong.errors import InputError
+from malpyeong.files import missing_cure, nfd_twin
 
 KINDS: tuple[type[Block], ...] = (SFTRecipe, GRPORecipe, MiningRecipe, RetrieverRecipe)
 STAGES = {str(kind.model_fields["stage"].default): kind for kind in KINDS}
@@ -101,9 +102,10 @@ def _read(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); name a recipe such as recipes/tiny/sft.yaml"
-        ) from None
+        cure = "name a recipe such as recipes/tiny/sft.yaml"
+        if nfd_twin(Path(path)):
+            cure = missing_cure(Path(path))
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {cure}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):

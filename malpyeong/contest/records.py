@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from malpyeong.contest.nfd import check_composed
 from malpyeong.errors import InputError
 from malpyeong.files import read_text, write_text
 
@@ -198,6 +199,7 @@ def record_from_json(where: str, item: Any, answers: Answers) -> Record:  # noqa
     where = f'{where} (id "{_short(id_)}")'
     body = _field(where, item, "input", dict, "an object")
     question_type = _field(where, body, "question_type", str, "a string", "input.")
+    check_composed(where, "input.question_type", question_type)
     if question_type not in QUESTION_TYPES:
         raise InputError(
             f'{where}: input.question_type is "{_short(question_type)}"; expected {" or ".join(QUESTION_TYPES)}'
@@ -206,6 +208,7 @@ def record_from_json(where: str, item: Any, answers: Answers) -> Record:  # noqa
     if not question.strip():
         raise InputError(f"{where}: input.question is empty; fill it in or remove the record")
     _check_text(where, "input.question", question)
+    check_composed(where, "input.question", question)
     answer = _check_answer(where, item, answers)
     try:
         json.dumps(item, ensure_ascii=False, allow_nan=False).encode("utf-8")
@@ -225,6 +228,8 @@ def _check_answer(where: str, item: dict[str, Any], answers: Answers) -> str | N
     answer: str = _field(where, output, "answer", str, "a string", "output.")
     if answers == "gold" and not answer.strip():
         raise InputError(f"{where}: output.answer is empty; a gold file needs an answer in every record")
+    if answers == "gold":
+        check_composed(where, "output.answer", answer)
     _check_text(where, "output.answer", answer)
     return answer
 

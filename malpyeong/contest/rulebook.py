@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from malpyeong.contest.nfd import check_composed
 from malpyeong.contest.records import parse_json
 from malpyeong.errors import InputError
 from malpyeong.files import read_text, write_text
@@ -94,6 +95,8 @@ def rule_from_json(where: str, item: Any) -> Rule:  # noqa: ANN401 -- JSON is An
             raise InputError(f'{where}: "{key}" is empty')
     if any(BROKEN.search(text) for text in (*texts.values(), *examples)):
         raise InputError(f"{where}: holds half a surrogate pair or a NUL; mend the text")
+    for name, text in texts.items():
+        check_composed(where, f'"{name}"', text)
     return Rule(**texts, examples=tuple(examples))
 
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from malpyeong.contest.nfd import compose
 from malpyeong.contest.rulebook import BROKEN, Rule
-from malpyeong.errors import InputError, needs, printable
+from malpyeong.errors import InputError, counted, needs, printable
 from malpyeong.files import read_bytes, read_text
 
 _UNREADABLE = re.compile("[\0\ud800-\udfff\ufffd\ue000-\uf8ff]")  # PUA: how PDFs made by old HWP carry old letters
@@ -73,7 +74,11 @@ def build_rule_book(path: Path) -> tuple[list[Rule], list[str]]:
             headings.
     """
     pages, paragraphs = _read_document(path)
+    composed = [[(line, *compose(line.text)) for line in page] for page in pages]
+    pages = [[line._replace(text=text) for line, text, _ in page] for page in composed]
     lines, notes = _without_page_furniture(pages)
+    if in_pieces := sum(count for page in composed for *_, count in page):
+        notes.append(f"{counted(in_pieces, 'syllable')} in pieces (NFD, from macOS) were put together")
     lines = _split_at_headings(lines)
     headings = _find_headings(lines)
     if not headings:

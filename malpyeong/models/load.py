@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from malpyeong.errors import InputError
-from malpyeong.files import digest, write_text
+from malpyeong.files import digest, missing_cure, nfd_twin, write_text
 from malpyeong.models.environment import keep_compiled_code, version_problems
 from malpyeong.models.memory import VLLM_SHARE, Backend
 
@@ -417,7 +417,8 @@ def check_adapter(adapter: str | Path | None) -> dict[str, Any]:
                 f"{adapter}: holds adapter_model.bin, the format of old versions of PEFT; write it again with: "
                 f"{shlex.join(['python', '-c', code, str(folder / 'adapter_model.bin'), str(weights)])}"
             ) from None
-        raise InputError(f"{adapter}: holds no adapter; train it first (make sft-NAME, or recipes/sft.py)") from None
+        cure = missing_cure(folder) if nfd_twin(folder) else "train it first (make sft-NAME, or recipes/sft.py)"
+        raise InputError(f"{adapter}: holds no adapter; {cure}") from None
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{adapter}: the adapter is damaged ({error}); train or copy it again") from None
     return config
@@ -594,7 +595,7 @@ def _is_spare(tokenizer: "PreTrainedTokenizerBase", token: str) -> bool:
 def _not_found(name: str, error: Exception) -> InputError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if name.count("/") > 1 and not Path(name).exists():  # not a hub id, about whose form the reason would be
-        reason = "no such folder"
+        reason = f"no such folder; {missing_cure(Path(name))}"
     return InputError(
         f"{name}: cannot be loaded as a model ({reason[:200]}); give a folder with config.json and weights, or a "
         "hub id while online"

@@ -8,7 +8,7 @@ import click
 
 from malpyeong.contest.records import load_records
 from malpyeong.contest.rulebook import load_rule_book
-from malpyeong.errors import InputError, printable
+from malpyeong.errors import InputError, counted, printable
 from malpyeong.files import check_writable
 from malpyeong.prompts.context import write_contexts
 from malpyeong.prompts.rule_choice import find_labels
@@ -82,8 +82,9 @@ def search(
         hits = _retriever(documents, EditBM25(documents), dense, model).search_all(records, examples_k)
         found_examples = [[(hit.score, examples[hit.position]) for hit in row] for row in hits]
     write_contexts(output, records, found_rules, found_examples)
-    counts = f"{sum(map(len, found_rules))} rules, {sum(map(len, found_examples))} examples"
-    click.echo(f"{output}: {len(records)} questions, {counts}")
+    rules_found, examples_found = sum(map(len, found_rules)), sum(map(len, found_examples))
+    counts = f"{counted(rules_found, 'rule')}, {counted(examples_found, 'example')}"
+    click.echo(f"{output}: {counted(len(records), 'question')}, {counts}")
 
 
 @main.command()
@@ -132,7 +133,11 @@ def evaluate(
     best = {id_: rule for id_, rule in right.items() if rule}
     model = _reranker(reranker)
     report: dict[str, dict[str, Any]] = {name: {} for name in splits}
-    sizes = {"rules": f"{len(rules)} rules", "examples": f"{len(examples)} solved questions", "floor": "the floor"}
+    sizes = {
+        "rules": counted(len(rules), "rule"),
+        "examples": counted(len(examples), "solved question"),
+        "floor": "the floor",
+    }
     if rules and label_file:
         compared = rule_methods(
             rules, _dense(rule_documents(rules), dense), model, examples, labels[len(labelled) - len(examples) :]
@@ -159,7 +164,8 @@ def evaluate(
         return
     for name, tables in report.items():
         for kind, table in tables.items():
-            click.echo(f"\n{printable(name)}: {len(splits[name])} questions, {sizes[kind]}\n\n{markdown(table)}")
+            shown = counted(len(splits[name]), "question")
+            click.echo(f"\n{printable(name)}: {shown}, {sizes[kind]}\n\n{markdown(table)}")
 
 
 def _retriever(documents: list[Document], scorer: Scorer, dense: str | None, reranker: "Reranker | None") -> Retriever:

@@ -197,10 +197,17 @@ def labelled_share(labels: Sequence[Labels], prompts: Sequence[Prompt]) -> str:
         InputError: in none.
     """
     helped = sum(any(one.of(prompt.context.rules)) for one, prompt in zip(labels, prompts, strict=True))
+    if not any(prompt.context.rules for prompt in prompts):
+        raise InputError(
+            "data.context: no prompt has a rule to choose among; make it with --rules, and raise model.max_length if "
+            "they do not fit"
+        )
+    if not any(one.best_of_all for one in labels):
+        raise InputError("data.labels: no rule helps with any question: none to choose; see docs/mining.md")
     if not helped:
         raise InputError(
-            "data.labels: no rule that helps is among the candidates of any question; make data.labels and "
-            "data.context from the same rule book"
+            "data.labels and data.context: no rule that helps is among the candidates of any question; make both from "
+            "the same rule book"
         )
     return f"a rule that helps is among the candidates of {helped} of {len(labels)} questions"
 

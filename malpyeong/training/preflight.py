@@ -18,7 +18,7 @@ from malpyeong.config.gpu import USABLE_GIB, nearest
 from malpyeong.config.recipe import GRPORecipe, GRPOTraining, SFTRecipe
 from malpyeong.contest.leaks import answer_problems, ids, shared_questions
 from malpyeong.contest.records import Record, load_records
-from malpyeong.errors import InputError
+from malpyeong.errors import InputError, counted
 from malpyeong.models.environment import version_problems
 from malpyeong.models.memory import (
     GIB,
@@ -191,12 +191,12 @@ def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
     training = recipe.training
     rollouts = training.batch_size * training.gradient_accumulation_steps
     if isinstance(recipe, SFTRecipe):
-        yield Finding("ok", f"{records} records, {rollouts} answers a step")
+        yield Finding("ok", f"{counted(records, 'record')}, {counted(rollouts, 'answer')} a step")
         return
     group = recipe.training.num_generations
     questions = rollouts // group
     passes = recipe.training.max_steps * questions / records
-    text = f"{records} questions; a step samples {questions} × {group} = {rollouts} completions"
+    text = f"{counted(records, 'question')}; a step samples {questions} × {group} = {rollouts} completions"
     yield Finding("ok", f"{text}; {recipe.training.max_steps} steps ask each question {passes:.1f} times")
 
 
@@ -462,7 +462,10 @@ def _context(contexts: Sequence[Context], prompts: Sequence["Prompt"], limit: in
     from malpyeong.prompts.messages import left_out
 
     rules, examples = (sum(len(getattr(one, kind)) for one in contexts) for kind in ("rules", "examples"))
-    found = f"prompts with {rules} rules and {examples} solved examples for {len(contexts)} questions"
+    found = (
+        f"prompts with {counted(rules, 'rule')} and {counted(examples, 'solved example')} for "
+        f"{counted(len(contexts), 'question')}"
+    )
     dropped = left_out(contexts, prompts, f"model.max_length={limit}")
     bare = sum(bool(context) and not prompt.context for context, prompt in zip(contexts, prompts, strict=True))
     if bare:

@@ -191,6 +191,17 @@ def test_submission_is_the_test_file_with_answers(contest_file, run_module, tmp_
     assert written == json.loads(test.read_text("utf-8"))
 
 
+def test_one_of_a_thing_is_not_called_several(contest_file, run_module, tmp_path):
+    test = contest_file("test.json", {"1": None})
+    records = json.loads(test.read_text("utf-8"))
+    records[0]["input"] = {"question_type": "교정형", "question": '고치세요.\n"할수있는 일은 많다."'}
+    test.write_text(json.dumps(records), "utf-8")
+    records[0]["output"] = {"answer": '"할수있는 일은 많다."가 옳다. 이유다.'}
+    (tmp_path / "pred.json").write_text(json.dumps(records), "utf-8")
+    result = run_module("-m", "malpyeong.submit", test, tmp_path / "pred.json", "-o", tmp_path / "out.json")
+    assert result.stdout.endswith("out.json: 1 record, 1 without problems, 0 with, 1 warning\n")
+
+
 def test_strict_writes_nothing_if_an_answer_has_a_problem(contest_file, run_module, tmp_path):
     test, prediction = contest_file("test.json", {"1": None}), contest_file("pred.json", {"1": "모르겠다."})
     result = run_module("-m", "malpyeong.submit", test, prediction, "-o", tmp_path / "out.json", "--strict")

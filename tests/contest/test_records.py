@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import stat
+import unicodedata
 
 import pytest
 from click.testing import CliRunner
@@ -92,6 +94,62 @@ def test_a_broken_file_is_one_line_and_exit_code_2(case, tmp_path):
     assert len(result.stderr.splitlines()) == 1
     assert str(bad) in result.stderr
     assert message in result.stderr
+
+
+def nfd(text):
+    return unicodedata.normalize("NFD", text)
+
+
+IN_PIECES = {
+    "question_type": record(kind=nfd("선택형")),
+    "question": record(question=nfd("할 수 있다에 대해 설명하세요.")),
+    "answer": record(answer=nfd('"할 수 있다."가 옳다. 의존 명사는 띄어 쓴다.')),
+}
+
+
+@pytest.mark.parametrize("field", IN_PIECES)
+def test_text_in_pieces_is_named_and_put_together(field, tmp_path, run_module):
+    path, whole = tmp_path / "mac.json", tmp_path / "whole.json"
+    path.write_bytes(as_json(GOOD, IN_PIECES[field] | {"id": "2"}))
+    with pytest.raises(InputError, match=rf'id "2".*\.{field} is in decomposed form \(NFD.*malpyeong\.nfd'):
+        load_records(path, answers="gold")
+    result = run_module("-m", "malpyeong.nfd", path, "-o", whole)
+    assert result.returncode == 0, result.stderr
+    assert [one.answer is not None for one in load_records(whole, answers="gold")] == [True, True]
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_only_modern_syllables_change(escaped, tmp_path, run_module):
+    kept = "'ㄹ'과 ᄅ, ᄒᆞᆫ글, ᄀᆞᄅᆞᆷ, ᄡᅳᆯ, 가ᇫ, 樂 é \\u1112 [ʃ]\t"
+    text = '"낙원에 살다."가 옳다. ' + kept
+    item = record(question=kept + "한글", answer=nfd('"낙원에 살다."가 옳다. ') + kept)
+    path = tmp_path / "mac.jsonl"
+    path.write_text(json.dumps(item, ensure_ascii=escaped) + "\r\n", "utf-8", newline="")
+    result = run_module("-m", "malpyeong.nfd", path, "-o", tmp_path / "whole.jsonl")
+    assert ": 8 syllables put together" in result.stdout, result.stderr
+    written = (tmp_path / "whole.jsonl").read_bytes().decode()
+    assert json.loads(written) == record(question=kept + "한글", answer=text)
+    if not escaped:
+        assert written == json.dumps(record(question=kept + "한글", answer=text), ensure_ascii=False) + "\r\n"
+
+
+def test_a_single_syllable_in_pieces_may_be_meant(tmp_path):
+    question = f"첫소리와 가운뎃소리를 모아 쓴 {nfd('가')}에 대해 설명하세요."
+    (tmp_path / "gold.json").write_bytes(as_json(record(question=question)))
+    assert load_records(tmp_path / "gold.json")[0].question == question
+
+
+def test_a_name_in_the_other_form_is_found(tmp_path, run_module):
+    folder = tmp_path / nfd("대회 자료")
+    folder.mkdir()
+    (folder / nfd("훈련.json")).write_bytes(as_json(GOOD))
+    path = tmp_path / "대회 자료" / "훈련.json"
+    with pytest.raises(InputError, match=r"no such file; one of this name in decomposed form.*malpyeong\.nfd") as error:
+        load_records(path)
+    command = shlex.split(str(error.value).split("is there: ")[1].split(" writes it")[0])
+    assert command[0] == "python"
+    assert run_module(*command[1:]).returncode == 0
+    assert len(load_records(path)) == 1
 
 
 @pytest.mark.parametrize("place", ["missing.json", ""])

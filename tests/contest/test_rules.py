@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import unicodedata
 
 import docx
 import pytest
@@ -287,6 +288,15 @@ def test_characters_that_cannot_be_read_are_reported(tmp_path):
     assert notes == ["line 1: 한글 맞춤법 제1항 has 2 characters that cannot be read (�, private use)"]
 
 
+def test_a_document_in_pieces_is_put_together(tmp_path):
+    document = "<띄어쓰기 - 한글 맞춤법 제1항>\n'ㄹ'과 ᄒᆞᆫ글이다."
+    rules, notes = build(tmp_path, unicodedata.normalize("NFD", document))
+    assert (rules, notes) == (
+        build(tmp_path, document)[0],
+        ["15 syllables in pieces (NFD, from macOS) were put together"],
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -339,6 +349,7 @@ GOOD = {"id": "가 제1항", "category": "가", "text": "나"}
         ([{**GOOD, "text": 3}], '"text" is not a string'),
         ([{"id": "가", "text": "나"}], '"category" is missing'),
         ([{**GOOD, "title": "\ud800"}], "surrogate"),
+        ([{**GOOD, "text": unicodedata.normalize("NFD", "나눈다")}], 'rule 1: "text" is in decomposed form'),
     ],
 )
 def test_defective_rule_books(tmp_path, book, message):

@@ -1,14 +1,21 @@
 """The notebook runs from the first cell to the last with the tiny model, and a second start trains nothing again."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.samples import DATA
+from tests.conftest import ROOT
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
@@ -27,6 +34,76 @@ def test_the_notebook_is_committed_without_outputs():
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+
+
+@pytest.fixture
+def session(tmp_path):
+    """A clone, and a Python of its own that has everything but malpyeong and some packages; run the notebook's first
+    cells in the clone's root there."""
+    clone, site = tmp_path / "저장소 복사", tmp_path / "site"
+    shutil.copytree(ROOT / "malpyeong", clone / "malpyeong", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "recipes/grpo.py"):
+        (clone / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site.mkdir()
+    for folder in (Path(entry) for entry in sys.path if entry.endswith("site-packages")):
+        for entry in folder.iterdir():
+            if "malpyeong" not in entry.name and not (site / entry.name).exists():
+                (site / entry.name).symlink_to(entry)
+    library = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    (library / "site.pth").write_text(f"{site}\n", encoding="utf-8")
+
+    def run(wheels, without=(), new_session=False):
+        for entry in library.glob("*malpyeong*") if new_session else ():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for name in without:
+            for entry in site.glob(f"{name}*"):
+                entry.unlink()
+        cells = {cell.id: cell.source for cell in load().cells}
+        code = "\n".join([f"SOURCE, WHEELS = '', {str(wheels)!r}", cells["run"], cells["install"], "print(REPO)"])
+        # No index can be reached: what is not here comes from WHEELS or not at all.
+        env = {**os.environ, "HOME": f"{tmp_path}", "PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0"}
+        env.pop("PYTHONPATH", None)
+        result = subprocess.run([python, "-c", code], cwd=clone, env=env, capture_output=True, text=True)
+        found = subprocess.run([python, "-P", "-c", "import malpyeong"], env=env, capture_output=True)
+        return result, clone, found.returncode == 0
+
+    return run
+
+
+def wheel(name, folder):
+    """Pack an installed package into a wheel again."""
+    distribution = metadata.distribution(name)
+    folder.mkdir(exist_ok=True)
+    stem = f"{distribution.name.replace('-', '_')}-{distribution.version}"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+        for file in distribution.files:
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                archive.write(file.locate(), f"{file}")
+
+
+def test_the_clones_source_does_not_count_as_installed(session, tmp_path):
+    wheel("setuptools", tmp_path / "wheels")
+    result, clone, installed = session(tmp_path / "wheels")
+    assert installed, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == f"{clone}"
+    assert "--editable" in result.stdout
+    assert "--editable" not in session(tmp_path / "wheels")[0].stdout
+    # The clone has the build's metadata now (malpyeong.egg-info); a new session's Python has none.
+    assert "--editable" in session(tmp_path / "wheels", new_session=True)[0].stdout
+
+
+def test_without_internet_all_comes_from_the_attached_wheels(session, tmp_path):
+    wheel("setuptools", tmp_path / "붙인 자료")
+    missing = ["cachetools"]
+    result, _, installed = session(tmp_path / "붙인 자료", missing)
+    assert not installed
+    assert "cachetools" in result.stdout
+    wheel("cachetools", tmp_path / "붙인 자료")
+    result, _, installed = session(tmp_path / "붙인 자료")
+    assert installed, result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from malpyeong.models.load import load_tokenizer
 from malpyeong.predict import main as predict_command
 from malpyeong.prompts import rule_choice as choice
 from malpyeong.prompts.context import Context, load_contexts, write_contexts
-from malpyeong.prompts.messages import build_messages, fit_prompts, render
+from malpyeong.prompts.messages import Prompt, build_messages, fit_prompts, render
 from malpyeong.prompts.rule_choice import (
     NONE,
     Labels,
@@ -30,7 +30,7 @@ from malpyeong.prompts.rule_choice import (
 )
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training import rewards
-from malpyeong.training.data import Questions, grpo_dataset, load_questions, sft_dataset
+from malpyeong.training.data import Questions, grpo_dataset, labelled_share, load_questions, sft_dataset
 from malpyeong.training.preflight import examine
 
 RULES = tuple(load_rule_book(DATA / "rules.json"))
@@ -246,8 +246,18 @@ def test_a_rule_that_was_not_tried_is_no_rule_that_does_not_help(tmp_path):
         load_questions(str(tmp_path / "train.json"), data)
     write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0, RULES[1].id: 0.0})])
     questions = load_questions(str(tmp_path / "train.json"), data)
-    with pytest.raises(InputError, match="no rule that helps is among the candidates of any question"):
+    with pytest.raises(InputError, match=r"data\.labels: no rule helps with any question"):
         sft_dataset(load_tokenizer(str(TINY_BASE)), questions, 2000)
+
+
+def test_the_message_names_the_file_that_leaves_nothing_to_choose():
+    shown = Prompt(Context(tuple(RULES[:2]), choose=True), [], [])
+    with pytest.raises(InputError, match=r"^data\.context: no prompt has a rule"):
+        labelled_share([Labels({RULES[0].id: 1.0})], [Prompt(Context(choose=True), [], [])])
+    with pytest.raises(InputError, match=r"^data\.labels: no rule helps"):
+        labelled_share([Labels({rule.id: 0.0 for rule in RULES[:2]}, mined=True)], [shown])
+    with pytest.raises(InputError, match=r"^data\.labels and data\.context: no rule that helps"):
+        labelled_share([Labels({RULES[2].id: 1.0})], [shown])
 
 
 @pytest.mark.parametrize("name", [NONE, "문장 부호 [마침표]", "가" * 101, "제1항\n제2항"])
