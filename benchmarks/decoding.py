@@ -1,11 +1,16 @@
 """Free against constrained decoding against self-consistency, on the sample test split.
 
-    make bench-decoding ADAPTERS="runs/sft-0/adapter runs/sft-1/adapter runs/sft-2/adapter"
-    python -m benchmarks.decoding ADAPTER… [--records 345] [--samples 5]
+    make bench-decoding                                  # speed, with an adapter that it trains if it has to
+    make bench-decoding ADAPTERS="runs/sft-0/adapter runs/sft-1/adapter runs/sft-2/adapter"    # quality, then speed
+    python -m benchmarks.decoding quality ADAPTER… [--records 345] [--samples 5]
+    python -m benchmarks.decoding speed [ADAPTER] [--records 64] [--repeats 5]
 
-Every way of decoding answers the same questions with the same model; per adapter the ways take turns, so that seconds
-compare. ``free`` and ``free, repaired`` are one run. Each adapter is another seed of the same training. Every row is
-written as soon as it is measured, and the same command goes on from there.
+``quality``: every way of decoding answers the same questions with the same model; per adapter the ways take turns.
+``free`` and ``free, repaired`` are one run. Each adapter is another seed of the same training. Every row is written as
+soon as it is measured, and the same command goes on from there.
+
+``speed``: free and constrained answers in turn, in one process; the last line is how many times the seconds of free
+answers constrained ones take, the median over the turns.
 """
 
 import json
@@ -15,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import click
@@ -25,6 +30,7 @@ from malpyeong.contest.answer import parse_answer
 from malpyeong.contest.question import options
 from malpyeong.contest.records import Record, load_records
 from malpyeong.contest.repair import repair
+from malpyeong.decoding.constrain import token_ids
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.files import digest, write_text
@@ -32,7 +38,7 @@ from malpyeong.metrics.aggregate import score_records, summarise
 from malpyeong.models.load import load_for_prediction
 from malpyeong.predict import model_digest, predict
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.terminal import Command
+from malpyeong.terminal import Group
 
 COLUMNS = {
     "exact_match": "EM",
@@ -130,7 +136,53 @@ def table(runs: Sequence[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@click.command(cls=Command)
+@click.group(cls=Group)
+def main() -> None:
+    """Measure ways of decoding."""
+
+
+@main.command()
+@click.argument("adapter", required=False)
+@click.option("--model", default=str(TINY_BASE), show_default="the sample base")
+@click.option("--questions", type=click.Path(path_type=Path), default=DATA / "test_questions.json")
+@click.option("--records", default=64, show_default=True, type=click.IntRange(min=1), help="Spread over the file.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-new-tokens", default=200, show_default=True, type=click.IntRange(min=64))
+def speed(
+    adapter: str | None,
+    model: str,
+    questions: Path,
+    records: int,
+    repeats: int,
+    batch_size: int,
+    max_new_tokens: int,
+) -> None:
+    """Measure seconds of free and constrained answers of MODEL with ADAPTER in turn."""
+    asked = load_records(questions)
+    asked = asked[:: max(1, len(asked) // records)][:records]
+    loaded = load_for_prediction(model, adapter)
+    ways = ways_of_decoding(1, max_new_tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    tokens = dict.fromkeys(ways, 0)
+    for turn in range(repeats + 1):  # the first is not counted
+        for name, decoding in ways.items():
+            engine = TransformersEngine(*loaded, decoding)
+            start = time.perf_counter()
+            answers = dict(predict(engine, asked, batch_size))
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+            # Of constrained answers the verdict's tokens count too, also where they were chosen as a whole.
+            tokens[name] = sum(len(token_ids(engine.tokenizer, answer)) for answer in answers.values())
+    click.echo(f"| {len(asked)} questions, batch {batch_size} | s | answer tokens | ms/token |\n|-|-|-|-|")
+    for name, times in seconds.items():
+        taken = median(times)
+        click.echo(f"| {name} | {taken:.2f} | {tokens[name]} | {1000 * taken / tokens[name]:.3f} |")
+    ratios = [of / to for of, to in zip(seconds["constrained"], seconds["free"], strict=True)]
+    click.echo(f"constrained / free: {median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f} in {repeats} turns)")
+
+
+@main.command()
 @click.argument("adapters", nargs=-1)
 @click.option("--model", default=str(TINY_BASE), show_default="the sample base")
 @click.option("--questions", type=click.Path(path_type=Path), default=DATA / "test.json", help="With gold answers.")
@@ -139,7 +191,7 @@ def table(runs: Sequence[dict[str, dict[str, float]]]) -> str:
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--max-new-tokens", default=200, show_default=True, type=click.IntRange(min=64))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("benchmarks/results/decoding.json"))
-def main(
+def quality(
     adapters: tuple[str, ...],
     model: str,
     questions: Path,
