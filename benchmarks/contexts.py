@@ -2,6 +2,7 @@
 
     make bench-contexts                                   (hours on two cores; goes on where it stopped)
     python -m benchmarks.contexts --seed 0 -o runs/contexts
+    python -m benchmarks.contexts --row "neighbours' five rules, SFT" --row "neighbours' five rules, SFT + GRPO"
 
 For each seed the tiny model is fine-tuned as in the demo; from there once more with each kind of context in its
 prompts (half of the train split, one epoch), and answers the sample test and unseen questions with the same kind.
@@ -9,9 +10,9 @@ Rules and examples are what BM25 finds; a rule is shown by its title and three e
 character at a time. Of the model that was trained with the retrieved rule two more rows come without training: the
 same questions with a random rule and with the labelled one (oracle) in its place.
 
-``choice`` sees the titles of five rules in any order and names one first (recipes/tiny-choice). From the demo's SFT it
-learns to name the rule of a question without seeing any (``data.recall``), then to choose and answer, both on the whole
-train split, and then by GRPO.
+``choice`` sees the titles of five rules in any order and names one first. From the demo's SFT it learns to name the
+rule of a question without seeing any (mode ``recall_rule``), then to choose and answer, both on the whole train split,
+and then by GRPO. The five are BM25's, or those that the labels of similar training questions vote for (``neighbours``).
 """
 
 import json
@@ -59,7 +60,10 @@ ROWS = {
     "retrieved rule and example": ("both", "both"),
     "choice of five rules, SFT": ("choice", "choice"),
     "choice of five rules, SFT + GRPO": ("choice-grpo", "choice"),
+    "neighbours' five rules, SFT": ("neighbours", "neighbours"),
+    "neighbours' five rules, SFT + GRPO": ("neighbours-grpo", "neighbours"),
 }
+CHOICES = ("choice", "neighbours")
 
 
 def short(rule: Rule) -> Rule:
@@ -72,8 +76,10 @@ def title_only(rule: Rule) -> Rule:
     return replace(rule, text=rule.title or rule.text, title="", examples=())
 
 
-def variants(record: Record, found: Context, label: Labels, rules: Sequence[Rule]) -> dict[str, Context]:
-    """Return every kind of context of one question, from what was retrieved for it."""
+def variants(
+    record: Record, found: Context, voted: Context, label: Labels, rules: Sequence[Rule]
+) -> dict[str, Context]:
+    """Return every kind of context of one question, from what BM25 and neighbours' labels found for it."""
     oracle = [rule for rule in rules if rule.id in label.gains]
     other = random.Random(record.question).choice([rule for rule in rules if rule.id not in label.gains])
     return {
@@ -83,6 +89,7 @@ def variants(record: Record, found: Context, label: Labels, rules: Sequence[Rule
         "example": Context((), found.examples[:1]),
         "both": Context((short(found.rules[0]),), found.examples[:1]),
         "choice": Context(tuple(map(title_only, found.rules))),
+        "neighbours": Context(tuple(map(title_only, voted.rules))),
     }
 
 
@@ -104,7 +111,7 @@ class Bench:
 
     def prepare(self) -> None:
         """Write the training file and a context file of each kind."""
-        if (self.output / "choice.jsonl").exists():
+        if (self.output / "neighbours.jsonl").exists():
             return
         self.output.mkdir(parents=True, exist_ok=True)
         train = load_records(DATA / "train.json", answers="gold")
@@ -113,14 +120,18 @@ class Bench:
         counts = ("--rules-k", str(CANDIDATES), "--examples-k", "1")
         search = ("-m", "malpyeong.retrieval", "search", *splits, "--rules", RULES, "--examples", DATA / "train.json")
         found = self.make(self.output / "retrieved.jsonl", *search, *counts, "-o", self.output / "retrieved.jsonl")
+        voted = self.output / "voted.jsonl"  # of other questions' labels: a training question's own has no vote
+        self.make(voted, *search, *counts, "--labels", LABELS, "-o", voted)
         records = [record for split in splits for record in load_records(split, answers="gold")]
         rules = load_rule_book(RULES)
         labels = load_labels(LABELS, records)
         rows = [
-            variants(record, context, label, rules)
-            for record, context, label in zip(records, load_contexts(found, records), labels, strict=True)
+            variants(record, context, other, label, rules)
+            for record, context, other, label in zip(
+                records, load_contexts(found, records), load_contexts(voted, records), labels, strict=True
+            )
         ]
-        for kind in rows[0]:  # scores are of no use from here on; "choice" is written last
+        for kind in rows[0]:  # scores are of no use from here on; "neighbours" is written last
             ranked = [row[kind] for row in rows]
             write_contexts(
                 self.output / f"{kind}.jsonl",
@@ -135,22 +146,23 @@ class Bench:
         common = (f"training.output={run}", f"training.seed={seed}", "--resume", "auto")
         if kind == "sft":
             return self.make(run / "adapter", RECIPES / "sft.py", RECIPES / "tiny" / "sft.yaml", *common)
-        stage = "grpo" if kind == "choice-grpo" else "sft"
-        start = self.train({"choice": "recall", "choice-grpo": "choice"}.get(kind, "sft"), seed)
+        base = kind.removesuffix("-grpo")
+        stage = "grpo" if kind != base else "sft"
+        start = self.train(base if kind != base else "recall" if kind in CHOICES else "sft", seed)
         overrides = [f"model.adapter={start}"]
         if kind == "recall":
-            overrides += ["data.context=null", "data.recall=true"]
-        elif kind in ("choice", "choice-grpo"):
-            overrides.append(f"data.context={self.output / 'choice.jsonl'}")
+            overrides += ["data.mode=recall_rule", f"data.labels={LABELS}"]
+        elif base in CHOICES:
+            context = self.output / f"{base}.jsonl"
+            overrides += ["data.mode=choose_rule", f"data.labels={LABELS}", f"data.context={context}"]
+            if stage == "grpo":
+                overrides += ["data.rewards.choice=1.0", "training.batch_size=16"]
+                overrides.append("training.gradient_accumulation_steps=4")
         else:
-            context = "null" if kind == "none" else self.output / f"{kind}.jsonl"
-            overrides += [
-                f"data.train={self.output / 'train.json'}",
-                f"data.context={context}",
-                "data.labels=null",
-                *HALF,
-            ]
-        recipe = (RECIPES / f"{stage}.py", RECIPES / "tiny-choice" / f"{stage}.yaml")
+            overrides += [f"data.train={self.output / 'train.json'}", *HALF]
+            if kind != "none":
+                overrides += ["data.mode=context", f"data.context={self.output / f'{kind}.jsonl'}"]
+        recipe = (RECIPES / f"{stage}.py", RECIPES / "tiny" / f"{stage}.yaml")
         return self.make(run / "adapter", *recipe, *overrides, *common)
 
     def measure(self, trained: str, asked: str, seed: int) -> dict[str, float]:
@@ -161,7 +173,7 @@ class Bench:
             answers = self.output / f"{trained}-{seed}" / f"{asked}-{split}.json"
             choices = answers.with_suffix(".choices.jsonl")
             context = () if asked == "none" else ("--context", self.output / f"{asked}.jsonl")
-            choose = ("--choose",) if asked == "choice" else ()
+            choose = ("--choose",) if asked in CHOICES else ()
             predict = ("-m", "malpyeong.predict", TINY_BASE, DATA / f"{split}_questions.json", "--adapter", adapter)
             size = ("--batch-size", "64", "--max-new-tokens", "208", "--decoding", "free", "--no-repair")
             self.make(answers, *predict, *context, *choose, *size, "-o", answers)
@@ -175,7 +187,7 @@ class Bench:
         """Return how often the labelled rule was the one that was named, or the only one shown."""
         records = load_records(DATA / f"{split}.json", answers="gold")
         labels = load_labels(LABELS, records)
-        if asked == "choice":
+        if asked in CHOICES:
             named = {row["id"]: row["rule"] for row in map(json.loads, choices.read_text("utf-8").splitlines())}
             return fmean(named[record.id] in label.gains for record, label in zip(records, labels, strict=True))
         contexts = load_contexts(self.output / f"{asked}.jsonl", records)
@@ -198,15 +210,16 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 @click.command(cls=Command)
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
+@click.option("--row", "names", multiple=True, type=click.Choice(list(ROWS)), default=tuple(ROWS), help="Only these.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/contexts"), show_default=True)
-def main(seeds: Sequence[int], output: Path) -> None:
+def main(seeds: Sequence[int], names: Sequence[str], output: Path) -> None:
     """Train, answer and measure; write OUTPUT/results.json and print the table."""
     bench = Bench(output)
     bench.prepare()
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ROWS}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in seeds:
-        for name, (trained, asked) in ROWS.items():
-            rows[name].append(bench.measure(trained, asked, seed))
+        for name in names:
+            rows[name].append(bench.measure(*ROWS[name], seed))
     write_text(output / "results.json", json.dumps({"seeds": seeds, "rows": rows}, ensure_ascii=False, indent=2) + "\n")
     click.echo(f"\nseeds {', '.join(map(str, seeds))}\n\n{table(rows)}")
 
