@@ -15,7 +15,7 @@ prompts and 8 answers each, and comes back to each of its 192 prompts six or sev
 How alike the answers are decides what there is to gain: on a CPU the networks' arithmetic is nearly all of our time.
 Each prompt has 24 variants of its gold reason, drawn by Zipf's law: of 8 answers 64 % are distinct, of 56 27 %. With
 the tiny model's samples for questions that SFT has trained on, as the contest's GRPO asks them, it is 63 and 26 %
-(``benchmarks/answer_diversity.py``). The table also gives the cost where no two answers are alike.
+(counted on 20 questions). The table also gives the cost where no two answers are alike.
 """
 
 import contextlib

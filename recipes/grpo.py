@@ -1,7 +1,7 @@
 """GRPO on the contest's own metrics, going on from an SFT adapter.
 
     python recipes/grpo.py recipes/tiny/grpo.yaml
-    python recipes/grpo.py recipes/qwen/grpo.yaml data.train=train.json model.adapter=runs/qwen-sft/adapter
+    python recipes/grpo.py recipes/grpo.yaml recipes/models/qwen.yaml model.adapter=runs/qwen-sft/adapter
 
 For each prompt ``num_generations`` answers are sampled and scored by the rewards of ``data.rewards`` (a weight
 each); an answer's advantage is its weighted reward less its group's mean. Where this departs from the paper

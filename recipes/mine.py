@@ -1,7 +1,7 @@
 """PPL mining: label each question with the rules that make its gold answer likelier.
 
     python recipes/mine.py recipes/tiny/mine.yaml
-    python recipes/mine.py recipes/qwen/mine.yaml data.questions=train.json data.rules=rules.json --estimate
+    python recipes/mine.py recipes/mine.yaml recipes/models/qwen.yaml data.questions=train.json --estimate
 
 What it does:
 - Computes PPL(a|q) and, for every rule or those that a retriever proposes, PPL(a|c,q); writes the ``top_k`` rules by

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a LoRA adapter on the contest's answers.
 
     python recipes/sft.py recipes/tiny/sft.yaml
-    python recipes/sft.py recipes/qwen/sft.yaml data.train=train.json data.dev=dev.json
+    python recipes/sft.py recipes/sft.yaml recipes/models/qwen.yaml data.train=train.json data.dev=dev.json
 
 What it does:
 - QLoRA (NF4) or 16/32-bit LoRA, through Unsloth on a GPU and transformers + PEFT elsewhere.
