@@ -23,8 +23,8 @@ help: ## list the targets
 	@echo
 	@echo "  One model on one GPU, with the contest's files in DATA, as they come or as train.json, dev.json, test.json:"
 	@echo "  make sft-NAME      SFT with dev loss deciding when to stop        DATA=data  RUNS=runs"
-	@echo "  make doctor-NAME   look whether the GRPO stage will run, and fit  GPU=t4|24gb|40gb|80gb (default: what is here)"
-	@echo "  make grpo-NAME     GRPO, going on from the SFT adapter            MODEL=another hub id, or a folder"
+	@echo "  make doctor-NAME   preflight: will the GRPO stage run, and fit?   GPU=t4|24gb|40gb|80gb (default: what is here)"
+	@echo "  make grpo-NAME     GRPO, starting from the SFT adapter            MODEL=another hub id, or a folder"
 	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=anything else that the command takes,"
 	@echo "  make submit-NAME   answer test.json, write a checked submission     as training.max_steps=500 or --batch-size=4"
 	@echo "  make hard-NAME     the questions that SFT knows least; to ask only those, grpo-NAME ARGS=data.train=RUNS/NAME-hard.json"
@@ -80,7 +80,7 @@ tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
 gpu-check: $(STAMP) ## does all of it run on this GPU? times, tokens/s, peaks (random weights, offline, minutes)
 	$(RUN) -m benchmarks.gpu_check --work "$(RUNS)/gpu-check"
 
-bench-gpu: $(STAMP) ## ways of sampling and memory limits on this GPU (an hour; goes on where it stopped)
+bench-gpu: $(STAMP) ## ways of sampling and memory limits on this GPU (an hour; resumes where it stopped)
 	$(RUN) -m benchmarks.gpu_check --speed --work "$(RUNS)/gpu-check"
 	$(RUN) -m benchmarks.gpu_check --limits --work "$(RUNS)/gpu-check"
 
@@ -99,7 +99,7 @@ bench-decoding: $(STAMP) ## constrained against free: seconds (ADAPTERS="one per
 	  "training.output=$(RUNS)/bench-decoding" --resume auto)
 	$(RUN) -m benchmarks.decoding speed "$(BENCH_ADAPTER)"
 
-bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; goes on where it stopped)
+bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; resumes where it stopped)
 	$(RUN) -m benchmarks.contexts -o "$(RUNS)/contexts"
 
 # The contest's files are DATA/train.json, dev.json and test.json, or as they come (korean_language_rag_V1.0_train.json …),
@@ -131,7 +131,7 @@ CONTEXT = $(call search,"$(TRAIN)" "$(DEV)",$(RUNS)/context.jsonl)
 # What stands in the prompts.
 PROMPTS = data.context="$(RUNS)/context.jsonl" $(if $(CHOICE),data.mode=choose_rule \
   data.labels="$(RUNS)/$(NAME)-mined/contexts.jsonl",data.mode=context)
-# What GRPO and a look at it beforehand are given.
+# What GRPO and its preflight are given.
 GRPO    = $(FILES) $(PROMPTS) $(if $(CHOICE),data.rewards.choice=0.5) \
   model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD)
 

@@ -1,6 +1,6 @@
 """What the context in the prompt is worth: nothing, rules, solved examples, both, and rules that the model chooses.
 
-    make bench-contexts                                   (hours on two cores; goes on where it stopped)
+    make bench-contexts                                   (hours on two cores; resumes where it stopped)
     python -m benchmarks.contexts --seed 0 -o runs/contexts
     python -m benchmarks.contexts --row "neighbours' five rules, SFT" --row "neighbours' five rules, SFT + GRPO"
 

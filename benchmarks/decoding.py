@@ -7,7 +7,7 @@
 
 ``quality``: every way of decoding answers the same questions with the same model; per adapter the ways take turns.
 ``free`` and ``free, repaired`` are one run. Each adapter is another seed of the same training. Every row is written as
-soon as it is measured, and the same command goes on from there.
+soon as it is measured, and the same command resumes there.
 
 ``speed``: free and constrained answers in turn, in one process; the last line is how many times the seconds of free
 answers constrained ones take, the median over the turns.
@@ -117,7 +117,7 @@ def unfinished(output: Path, made_of: Mapping[str, Any]) -> dict[str, dict[str, 
     differing = [key for key in made_of if result.get(key) != made_of[key]]
     if differing:
         raise InputError(f"{output}: holds rows of another {', '.join(differing)}; remove it, or name another with -o")
-    click.echo(f"going on from the rows in {output}; remove it to measure them again", err=True)
+    click.echo(f"resuming from the rows in {output}; remove it to measure them again", err=True)
     rows: dict[str, dict[str, dict[str, float]]] = result["runs"]
     return rows
 

@@ -65,7 +65,7 @@ class Step:
         model: of ``SHAPES``, or tiny.
         limit: seconds.
         absent: why it cannot run on this machine.
-        resumes: go on from what is there.
+        resumes: resume from what is there.
         kill: kill it as soon as its second checkpoint is complete.
         cap_gib: what it may allocate on the GPU.
         environment: further variables.

@@ -11,7 +11,7 @@ from malpyeong.terminal import Group
 
 _COMMANDS = {
     "Before training": {
-        "doctor": "look whether a recipe will run, fit and learn",
+        "doctor": "preflight: will a recipe run, fit and learn",
         "nfd": "put the syllables of a file from macOS together",
         "rules": "turn the reference document into a rule book",
         "retrieval": "find rules and solved examples, and measure how well",

@@ -1,4 +1,4 @@
-"""Look whether a recipe will run, fit and learn, before hours of a GPU go into it.
+"""Preflight: will a recipe run, fit and learn? Asked before hours of a GPU go into it.
 
     python -m malpyeong.doctor recipes/grpo.yaml recipes/models/qwen.yaml gpu=t4
 
@@ -24,7 +24,7 @@ from malpyeong.training.preflight import examine, examine_groups
 @click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--quick", is_flag=True, help="Do not load the model.")
 def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, quick: bool) -> None:
-    """Look whether RECIPE will run, fit and learn."""
+    """Preflight: will RECIPE run, fit and learn?"""
     prepare_environment()
     if drop_leaks:
         overrides = (*overrides, "data.drop_leaks=true")

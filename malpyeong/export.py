@@ -36,7 +36,7 @@ class Parity:
         top_token_agreement: share of the answers' places at which the likeliest next token is the same.
         same_answers: whether every greedy answer is the same.
         records: how many prompts were checked.
-        dtype: number format of the merged weights.
+        dtype: dtype of the merged weights.
     """
 
     max_logit_diff: float
@@ -69,7 +69,7 @@ def export(
         adapter: folder of the LoRA adapter.
         output: folder to write; must not exist.
         base: the base model, if it is not where the adapter says.
-        dtype: number format of the merged weights; the base's own if None.
+        dtype: dtype of the merged weights; the base's own if None.
         dequantised: merge onto the base as 4-bit training saw it (NF4 and back), not onto its original weights.
         check: records, at least one, whose prompts are compared before and after.
         max_new_tokens: length limit of the compared answers.
@@ -194,7 +194,7 @@ def _logits(model: Any, texts: Sequence[list[int]]) -> list[Any]:  # noqa: ANN40
 
 
 def _weights_dtype(base: str) -> Any:  # noqa: ANN401 -- torch.dtype
-    """Return the number format of a base model's weights."""
+    """Return the dtype of a base model's weights."""
     import torch
     from transformers import AutoConfig
 

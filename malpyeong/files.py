@@ -150,7 +150,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 class PartFile:
-    """The finished pieces of long work in a file beside its result, so that a killed run goes on from there.
+    """The finished pieces of long work in a file beside its result, so that a killed run resumes there.
 
     The first line says what the work is made of (digests, settings); each other line is a piece, as JSON. A line that a
     kill tore is cut off. The file appears with the first piece.
@@ -207,7 +207,7 @@ class PartFile:
                 file.write(json.dumps(piece, ensure_ascii=False) + "\n")
         except OSError as error:
             raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}); make room and start again, to go on from there"
+                f"{self.path}: cannot be written ({error.strerror}); make room and start again, to resume from there"
             ) from None
 
     def remove(self) -> None:

@@ -1,6 +1,6 @@
 """Answer every question of a file: ``python -m malpyeong.predict MODEL QUESTIONS -o PRED``.
 
-Every finished answer is kept beside the output in ``.NAME.part.jsonl``; the same command goes on from there after a
+Every finished answer is kept beside the output in ``.NAME.part.jsonl``; the same command resumes there after a
 crash or a kill, to the same file. What is written is repaired last (``malpyeong.contest.repair``).
 """
 
@@ -226,7 +226,7 @@ def main(
 ) -> None:
     """Answer QUESTIONS (a contest file) with MODEL (a folder or hub id).
 
-    A run that was killed goes on where it stopped when the same command is given again.
+    A run that was killed resumes where it stopped when the same command is given again.
     """
     records = load_records(questions)
     if output.exists() and output.samefile(questions):
@@ -266,7 +266,7 @@ def main(
     seconds = 0.0
     if len(done) < len(records):
         if done:
-            click.echo(f"going on from {part.path}: {len(done)} of {len(records)} answers are there")
+            click.echo(f"resuming from {part.path}: {len(done)} of {len(records)} answers are there")
         by_id = {record.id: its for record, its in zip(records, contexts, strict=True)}
         try:
             engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, by_id)

@@ -3,7 +3,7 @@
     make demo            (or: python recipes/demo.py --seed 1 -o runs/demo-1)
 
 Every step is a command that is printed before it runs, the very one that you would type; the last lines are a
-table and ``summary.json``. A second start goes on where the first one stopped.
+table and ``summary.json``. A second start resumes where the first one stopped.
 """
 
 import json

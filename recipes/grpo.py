@@ -1,20 +1,20 @@
-"""GRPO on the contest's own metrics, going on from an SFT adapter.
+"""GRPO on the contest's own metrics, starting from an SFT adapter.
 
     python recipes/grpo.py recipes/tiny/grpo.yaml
     python recipes/grpo.py recipes/grpo.yaml recipes/models/qwen.yaml model.adapter=runs/qwen-sft/adapter
 
-For each prompt ``num_generations`` answers are sampled and scored by the rewards of ``data.rewards`` (a weight
-each); an answer's advantage is its weighted reward less its group's mean. Where this departs from the paper
+For each prompt ``num_generations`` completions are sampled and scored by the rewards of ``data.rewards`` (a weight
+each); a completion's advantage is its weighted reward less its group's mean. Where this departs from the paper
 (Shao et al. 2024, DeepSeekMath): ``loss_type`` dapo weighs tokens alike over the batch, ``epsilon_high`` clips
 upwards later than downwards, and ``beta`` 0 needs no reference model.
 
 - Rewards are the scorers that the leaderboard uses, cut by the contest's literal split
   (``malpyeong/training/rewards.py``).
-- Logged beside TRL's metrics: dead groups, each reward's spread within a group, seconds that sampling, rewards and
-  update took, the GPU's memory; and the completions of every logged step with their rewards and advantages
+- Logged beside TRL's metrics: dead groups, each reward's within-group standard deviation, seconds that sampling,
+  rewards and update took, the GPU's memory; and the completions of every logged step with their rewards and advantages
   (``completions/``).
 - Prompts that do not fit ``model.max_length`` with a whole completion are an error, never cut.
-- ``--resume auto`` goes on from the last complete checkpoint to the same result as an uninterrupted run (with bertscore
+- ``--resume auto`` resumes from the last complete checkpoint to the same result as an uninterrupted run (with bertscore
   or bleurt up to their rounding, about 1e-5, which depends on what is scored together).
 
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.

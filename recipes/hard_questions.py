@@ -3,9 +3,9 @@
     python recipes/hard_questions.py recipes/tiny/grpo.yaml -o runs/tiny-hard.json --share 0.5
     python recipes/grpo.py recipes/tiny/grpo.yaml data.train=runs/tiny-hard.json
 
-GRPO learns from differences between the answers to one question. After SFT most questions are answered well every
+GRPO learns from differences between the completions of one question. After SFT most questions are answered well every
 time, and take their share of the steps all the same. This writes the ``--share`` of the recipe's ``data.train`` with
-the highest ``PPL(gold answer | prompt)``, in the file's order: one forward of each question, no answers sampled. What
+the highest ``PPL(gold answer | prompt)``, in the file's order: one forward of each question, nothing is sampled. What
 it gains on the sample data is in docs/grpo-tiny.md.
 
 - Model, adapter and prompts are the recipe's own; rules and examples are fitted to ``model.max_length`` as in SFT, and

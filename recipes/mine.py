@@ -7,7 +7,7 @@ What it does:
 - Computes PPL(a|q) and, for every rule or those that a retriever proposes, PPL(a|c,q); writes the ``top_k`` rules by
   delta, and the PPL of each option of a choice question (``malpyeong/training/mining.py`` has the formulas).
 - A rule's part of the prompt is computed once for all questions; ``--estimate`` says how many tokens are left.
-- ``--resume auto`` goes on from the last batch before a kill to the same file.
+- ``--resume auto`` resumes from the last batch before a kill to the same file.
 
 In the output folder: ``config.yaml``, ``environment.json`` (versions, digests of the data), ``mining.json`` (digests of
 the model's weights and of all tokens, counts) and, last, ``contexts.jsonl``.

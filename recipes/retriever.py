@@ -12,7 +12,7 @@ It is the baseline that BM25, PPL-mined candidates and a model that chooses its 
 - Labels: record id → rule id, as the sample data has them, or mined ones (``malpyeong.prompts.rule_choice``).
 - Questions and rules are rendered as in ``malpyeong.retrieval.neural``; one that does not fit ``model.max_length`` is
   an error, never cut. With ``model.lora`` an adapter is trained and merged into the saved model.
-- ``--resume auto`` goes on from the last complete checkpoint.
+- ``--resume auto`` resumes from the last complete checkpoint.
 
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
 """
@@ -172,7 +172,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     before = weights_digest(trained_weights(model))
     start_run(output, recipe, inputs)
     if checkpoint is not None:
-        click.echo(f"going on from {checkpoint}")
+        click.echo(f"resuming from {checkpoint}")
     with explain_out_of_memory(None):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     check_learnt(trained_weights(model), before, trainer.state.log_history)

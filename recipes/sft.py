@@ -8,7 +8,7 @@ What it does:
 - The loss is on the answer alone. Prompts are rendered by the same function as in prediction and tokenized
   here, so no template can differ between the two; a record that does not fit is an error, never cut.
 - Dev loss is measured every ``eval_steps``; training stops when it no longer falls and keeps the best adapter.
-- ``--resume auto`` goes on from the last complete checkpoint to the same result as an uninterrupted run.
+- ``--resume auto`` resumes from the last complete checkpoint to the same result as an uninterrupted run.
 
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
 """

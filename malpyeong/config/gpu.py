@@ -3,8 +3,8 @@
 A table of numbers, no logic: a key that the recipe or the command line states is left alone. By the estimate of
 ``malpyeong.models.memory`` every model of ``recipes/`` fits with Unsloth (on a T4 those below 7B and one of 7B, on 24
 GB 11.5B but for a hair); docs/gpu.md has the table, and the doctor names the lever for the rest, and what should
-sample quicker on the card: 16-bit weights, vLLM. SFT has 16 answers a step on every card; GRPO's number depends on
-the card, because all completions of a step are sampled together, and that is what takes most memory.
+sample quicker on the card: 16-bit weights, vLLM. SFT's effective batch size is 16 on every card; GRPO's depends
+on the card, because all completions of a step are sampled together, and that is what takes most memory.
 """
 
 import shutil

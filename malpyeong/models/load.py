@@ -76,7 +76,7 @@ def load_for_training(
 ) -> tuple[Any, Any]:
     """Load base weights and a LoRA adapter that can be trained.
 
-    The adapter is ``model.adapter`` where one is named (GRPO goes on from SFT's), else a new one, drawn after
+    The adapter is ``model.adapter`` where one is named (GRPO starts from SFT's), else a new one, drawn after
     ``seed`` is set.
 
     Returns:
@@ -497,7 +497,7 @@ def weight_files_digest(name: str) -> str | None:
 
 
 def check_lora(model: "ModelBlock") -> None:
-    """Make sure that a recipe's LoRA block describes the adapter that it goes on from.
+    """Make sure that a recipe's LoRA block describes the adapter that it starts from.
 
     Raises:
         InputError: rank, alpha or target modules differ.

@@ -233,14 +233,14 @@ def _grpo_charts(run: Run) -> list[Chart]:
         run,
         [
             ("보상", "성분마다 한 단계의 평균", {name: f"rewards/{name}/mean" for name in run.weights}, 0),
-            ("보상의 합", f"무게: {weights}", {"합": "reward"}, None),
+            ("보상의 합", f"가중치: {weights}", {"합": "reward"}, None),
             (
-                "묶음 안의 차이",
-                "한 질문의 답들이 받은 보상의 표준 편차. 0이면 그 성분에서 배울 것이 없음",
+                "그룹 안 표준편차",
+                "한 질문의 답들이 받은 보상의 표준편차. 0이면 그 성분에서 배울 것이 없음",
                 {name: f"group_std/{name}" for name in run.weights},
                 0,
             ),
-            ("배울 것이 없는 묶음", "모든 답이 같은 보상을 받은 질문의 비율(dead groups)", {"비율": "dead_groups"}, 0),
+            ("죽은 그룹", "모든 답의 보상이 같아 배울 것이 없는 그룹의 비율(dead groups)", {"비율": "dead_groups"}, 0),
             ("답의 길이", "토큰 수", {**lengths, "가장 짧은 것": "completions/min_length"}, 0),
             ("잘린 답", "길이 제한에 걸려 끝맺지 못한 답의 비율", {"비율": "completions/clipped_ratio"}, 0),
             ("손실", "정책 손실. 작아져야 좋은 값이 아님", {"손실": "loss"}, None),
@@ -275,7 +275,7 @@ def _grpo_facts(run: Run) -> list[tuple[str, str, str]]:
         ends = min(_AVERAGED, len(rewards))
         first, last = fmean(rewards[:ends]), fmean(rewards[-ends:])
         facts.append(("보상의 합", f"{first:.2f} → {last:.2f}", f"처음과 마지막 {ends}개 기록의 평균"))
-    for name, key in (("배울 것이 없는 묶음", "dead_groups"), ("잘린 답", "completions/clipped_ratio")):
+    for name, key in (("죽은 그룹", "dead_groups"), ("잘린 답", "completions/clipped_ratio")):
         values = _points(run.log, key)[1]
         if values:
             facts.append((name, f"{fmean(values):.1%}", f"마지막 {values[-1]:.1%}"))

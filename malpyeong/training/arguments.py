@@ -64,7 +64,7 @@ OFF: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1),
 }
 
-# The number format: the flags, and what is computed in.
+# The dtype: the flags, and what is computed in.
 _DTYPE = ("bf16", "fp16", "mixed_precision")
 
 

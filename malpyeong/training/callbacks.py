@@ -57,7 +57,7 @@ def _findings(logs: dict[str, Any]) -> dict[str, bool]:
         ] = not all(map(math.isfinite, numbers))
     if (dead := logged(logs, "dead_groups")) is not None:
         found[
-            "had only dead groups: all answers to a question earn the same, so nothing can be learnt; raise "
+            "had only dead groups: all completions of a group earn the same, so nothing can be learnt; raise "
             "training.temperature or training.num_generations, or take questions that the model does not know by heart"
         ] = dead >= 1
     if (clipped := logged(logs, "completions/clipped_ratio")) is not None:
@@ -158,8 +158,8 @@ def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[
         reason = "the learning rate was 0 at every step: warm-up is longer than the run; set training.warmup_steps=0"
     elif gradients and all(gradient == 0 for gradient in gradients):
         reason = (
-            "every gradient was 0, as where all answers to a question earn the same; raise training.temperature, or "
-            "take other questions"
+            "every gradient was 0, as where all completions of a group earn the same; raise training.temperature, "
+            "or take other questions"
         )
     else:
         reason = "look at the loss and the rewards of the steps above"

@@ -1,4 +1,4 @@
-"""What the recipes share: datasets from records, number formats, and the run from start to end."""
+"""What the recipes share: datasets from records, dtypes, and the run from start to end."""
 
 import random
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Look whether a recipe will run, fit and learn, before hours of a GPU go into it.
 
 Every finding is one line with its cure. Both training scripts look first, without loading a model (:func:`check`); the
-doctor also loads it and samples groups of answers, to see that rewards differ within a group.
+doctor also loads it and samples groups of completions, to see that rewards differ within a group.
 """
 
 import itertools
@@ -483,7 +483,7 @@ def _share(share: Callable[..., str], *questions: Sequence[object]) -> Iterator[
 
 
 def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Iterator[Finding]:
-    """Load the model, sample groups of answers as GRPO would, and yield whether their rewards differ.
+    """Load the model, sample groups of completions as GRPO would, and yield whether their rewards differ.
 
     Raises:
         InputError: the model, the adapter or a scorer cannot be loaded.
@@ -533,16 +533,18 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
         rewards = {name: values for name, values in zip(weights, scores, strict=True) if weights[name]}
         dead += logged["dead_groups"]  # of this one group: 0 or 1
         ranges = ", ".join(f"{name} {_range(values)}" for name, values in rewards.items())
-        yield Finding("ok", f'id "{record.id}": rewards of {len(texts)} answers: {ranges}')
+        yield Finding("ok", f'id "{record.id}": rewards of {len(texts)} completions: {ranges}')
     if dead == len(records):
         yield Finding(
             "error",
-            f"in all {len(records)} sampled groups all answers earn the same: nothing can be learnt",
+            f"in all {len(records)} sampled groups all completions earn the same: nothing can be learnt",
             "raise training.temperature or training.num_generations, or start from an adapter that SFT has trained",
         )
     elif dead:
         yield Finding(
-            "warning", f"in {dead:.0f} of {len(records)} groups all answers earn the same", "see training.temperature"
+            "warning",
+            f"in {dead:.0f} of {len(records)} groups all completions earn the same",
+            "see training.temperature",
         )
 
 

@@ -183,18 +183,18 @@ class RewardRun:
     With ``scale_rewards: batch`` or ``normalize_then_sum`` TRL's ``frac_reward_zero_std`` looks at the whole batch, so
     that dead groups do not show. Logged once a step:
 
-    - ``dead_groups``: share of groups whose answers all earn the same in every reward; nothing is learnt from them.
+    - ``dead_groups``: share of groups whose completions all earn the same in every reward; nothing is learnt.
     - ``group_std/NAME``: standard deviation of a component within a group, mean over the groups.
 
     TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
 
     Args:
         weights: reward name → weight.
-        num_generations: answers of a group; a group's answers follow each other.
+        num_generations: completions of a group, which follow each other.
         models: the loaded models of ``bertscore`` and ``bleurt``, where a reward needs them.
         min_group_std: a component whose standard deviation within a group is smaller says nothing about that group, and
-            all its answers get the group's mean. Normalising each component (``normalize_then_sum``) would otherwise
-            blow such noise up to the size of a right answer. 0 switches this off.
+            its completions all get the group's mean. Normalising each component (``normalize_then_sum``) would
+            otherwise blow such noise up to the size of a right answer. 0 switches this off.
 
     Attributes:
         seconds: what the functions have taken so far.

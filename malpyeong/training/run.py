@@ -71,7 +71,7 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path
     """Look at the run's folder before anything is loaded.
 
     Returns:
-        (what the run is made from, the checkpoint to go on from or None), or None if the run has ended, which is said
+        (what the run is made from, the checkpoint to resume from or None), or None if the run has ended, which is said
         on the screen.
 
     Raises:
@@ -102,10 +102,10 @@ def check_run(output: Path, recipe: Block, inputs: Inputs, resume: bool) -> Path
         output: the run's folder, which need not exist.
         recipe: the resolved recipe.
         inputs: what the run is made from; their digests must be those that an earlier start recorded.
-        resume: go on from the last complete checkpoint, if there is one.
+        resume: resume from the last complete checkpoint, if there is one.
 
     Returns:
-        The checkpoint to go on from, or None to begin.
+        The checkpoint to resume from, or None to begin.
 
     Raises:
         InputError: the folder holds a run and ``resume`` is False, or one that would go on to learn something else (the
@@ -179,7 +179,7 @@ def _check_length(output: Path, recipe: Any, before: int, checkpoint: Path | Non
         raise InputError(f"{output}: {done} steps are done, {MAX_STEPS} is {steps}; {keep}")
     if (output / "adapter").exists() and done < before:
         raise InputError(
-            f"{output}: has no checkpoint of its last step {before} to go on from; {keep}, or train its adapter "
+            f"{output}: has no checkpoint of its last step {before} to resume from; {keep}, or train its adapter "
             f"further in another folder (model.adapter={output / 'adapter'})"
         )
     if done % recipe.training.num_iterations:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def precision(dtype: str) -> dict[str, Any]:
-    """Return the trainer's number format: mixed precision in the dtype of the weights, none for float32."""
+    """Return the trainer's dtype flags: mixed precision in the dtype of the weights, none for float32."""
     import torch
 
     chosen = pick_dtype(dtype)
@@ -71,7 +71,7 @@ def recorded(
         tokenizer: saved beside the adapter, with ``model.max_length`` for its ``model_max_length``.
         recipe: written down in the run's folder.
         inputs: what the run is made from.
-        checkpoint: where to go on from; one that was written at the very end is loaded here.
+        checkpoint: where to resume from; one that was written at the very end is loaded here.
 
     Yields:
         Whether there are steps left to train.
@@ -88,7 +88,7 @@ def recorded(
     before = weights_digest(trained_weights(trainer.model))
     start_run(output, recipe, inputs)
     if checkpoint is not None:
-        click.echo(f"going on from {checkpoint}")
+        click.echo(f"resuming from {checkpoint}")
     if checkpoint is not None and is_last(checkpoint, getattr(recipe.training, "max_steps", None)):
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(best_checkpoint(checkpoint)))

@@ -516,7 +516,7 @@ def test_a_killed_prediction_goes_on_to_the_same_file(command, run_module, tmp_p
     assert "Traceback" not in refused.stderr
     result = run_module(*command, output)
     assert result.returncode == 0, result.stderr
-    assert "going on from" in result.stdout
+    assert "resuming from" in result.stdout
     assert output.read_bytes() == whole.read_bytes()
     assert not part.exists()
 

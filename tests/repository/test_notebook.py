@@ -181,7 +181,7 @@ def test_the_notebook_runs_and_a_second_start_trains_nothing_again(folder, tmp_p
     notebook, error = execute(folder, runs)
     text = printed(notebook)
     assert error is None, text[-3000:]
-    assert f"going on from {out / 'grpo' / 'checkpoint-2'}" in text
+    assert f"resuming from {out / 'grpo' / 'checkpoint-2'}" in text
     assert f"이미 있습니다: {out / 'sft' / 'adapter'}" in text
     assert not re.search(r"step \d+: ", text)  # what a training step prints
     again = times(runs)

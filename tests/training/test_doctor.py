@@ -317,7 +317,7 @@ def test_groups_are_sampled_and_dead_ones_found(data):
     size = ("training.num_generations=4", "training.batch_size=4", "training.max_completion_length=8")
     size += ("model.load_in_4bit=true", "training.gradient_checkpointing=true")  # as on a GPU
     (first, second, verdict) = examine_groups(grpo(data, *size), "hf")
-    assert "rewards of 4 answers: format 0.00–0.00" in first.text
+    assert "rewards of 4 completions: format 0.00–0.00" in first.text
     assert second.level == "ok"
     assert verdict.level == "error"
     assert "nothing can be learnt" in verdict.text

@@ -172,22 +172,22 @@ def test_reasons_are_scored_by_the_models_and_official_is_the_contests_final(mod
     assert score("official", models, '"가."가 옳다. 이유다.', gold='"가."가 옳다.') == [1.0]
 
 
-def run_rewards(weights, completions, num_generations, min_spread=0.0, models=None):
+def run_rewards(weights, completions, num_generations, min_group_std=0.0, models=None):
     logged = {}
-    run = RewardRun(weights, num_generations, models, min_spread)
+    run = RewardRun(weights, num_generations, models, min_group_std)
     columns = {"prompts": [[]] * len(completions), "reference": [CHOICE] * len(completions), "trainer_state": None}
     found = [f(completions=completions, log_metric=logged.__setitem__, **columns) for f in run.functions]
     return run, found, logged
 
 
-def test_dead_groups_and_spread_are_logged_whatever_the_batch_looks_like(models):
+def test_dead_groups_and_group_std_are_logged_whatever_the_batch_looks_like(models):
     completions = [CHOICE] * 4 + [CHOICE, HONEST_WRONG, "모르겠다.", CHOICE]
     weights = {"format": 1, "exact_match": 1, "rouge_1": 2, "bertscore": 1, "bleurt": 1, "official": 1}
     run, found, logged = run_rewards(weights, completions, 4, models=models)
     assert [function.__name__ for function in run.functions] == list(weights)
     assert logged["dead_groups"] == 0.5
-    assert logged["spread/format"] == pytest.approx(statistics.stdev([1, 1, 0, 1]) / 2)
-    assert logged["spread/exact_match"] == pytest.approx(statistics.stdev([1, 0, 0, 1]) / 2)
+    assert logged["group_std/format"] == pytest.approx(statistics.stdev([1, 1, 0, 1]) / 2)
+    assert logged["group_std/exact_match"] == pytest.approx(statistics.stdev([1, 0, 0, 1]) / 2)
     assert run.seconds > 0
     assert found[1] == [1, 1, 1, 1, 1, 0, 0, 1]
 
@@ -196,16 +196,16 @@ def test_a_nearly_constant_component_says_nothing_about_its_group():
     shorter = CHOICE.replace("약속이나 다짐을", "약속이나 그 다짐을")
     completions = [CHOICE, CHOICE, CHOICE, shorter, CHOICE, "모르겠다.", "모르겠다.", CHOICE]
     _, (raw,), _ = run_rewards({"rouge_1": 1}, completions, 4)
-    spread = statistics.stdev(raw[:4])
-    assert 0 < spread < 0.05
-    _, (quiet,), logged = run_rewards({"rouge_1": 1}, completions, 4, min_spread=0.05)
+    deviation = statistics.stdev(raw[:4])
+    assert 0 < deviation < 0.05
+    _, (quiet,), logged = run_rewards({"rouge_1": 1}, completions, 4, min_group_std=0.05)
     assert quiet[:4] == [pytest.approx(sum(raw[:4]) / 4)] * 4
     assert quiet[4:] == raw[4:]
     assert logged["dead_groups"] == 0.5
-    assert logged["spread/rouge_1"] > 0
+    assert logged["group_std/rouge_1"] > 0
 
 
 def test_rewards_that_do_not_apply_stay_none():
-    run = RewardRun({"rouge_1": 1}, 2, min_spread=0.1)
+    run = RewardRun({"rouge_1": 1}, 2, min_group_std=0.1)
     (rouge,) = run.functions
     assert rouge(completions=[GOLD, GOLD], reference=['"가."가 옳다.'] * 2) == [None, None]

@@ -160,7 +160,7 @@ def test_run_page_shows_curves_and_sampled_groups(grpo_run, open_page, tmp_path)
     assert "끝난 학습" in page.inner_text("header")
     titles = page.locator("figure h3").all_inner_texts()
     assert titles == [
-        "보상", "보상의 합", "묶음 안의 차이", "배울 것이 없는 묶음", "답의 길이", "잘린 답", "손실", "기울기 크기",
+        "보상", "보상의 합", "그룹 안 표준편차", "죽은 그룹", "답의 길이", "잘린 답", "손실", "기울기 크기",
         "엔트로피", "한 단계에 걸린 시간",
     ]  # fmt: skip
     log = [row for row in json.loads((grpo_run / "log.json").read_text("utf-8")) if "reward" in row]
@@ -290,7 +290,7 @@ def test_a_killed_run_goes_on_to_the_same_result(stage, data, sft_run, grpo_run,
     assert process.wait() == 2
     assert "--resume auto" in process.stdout.read()
 
-    assert f"going on from {run}/checkpoint-" in finish(start(*command, "--resume", "auto"))
+    assert f"resuming from {run}/checkpoint-" in finish(start(*command, "--resume", "auto"))
     resumed, uninterrupted = weights(run), weights(whole)
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     assert len(json.loads((run / "log.json").read_text("utf-8"))) == len(

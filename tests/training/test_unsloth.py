@@ -253,7 +253,7 @@ for stage, config in stock.items():
             of_stage["all"] += 1
             of_stage["left"] += [field.name] * (field.name not in stated)
 
-for stage in stock:  # after the configurations: a trainer leaves its number format in the environment
+for stage in stock:  # after the configurations: a trainer leaves its dtype in the environment
     (Config, Trainer), stage_script = unsloth_arguments.generated(stage), script(stage)
     for dtype in ("bfloat16", "float32"):
         small = ["training.gradient_accumulation_steps=2", "training.optim=sgd", f"model.dtype={dtype}"]
