@@ -117,7 +117,6 @@ def export(
         texts = [prompt + completion_ids(tokenizer, answers[place]) for place, prompt in enumerate(prompts)]
         logits = _logits(model, texts)
         merged = model.merge_and_unload(safe_merge=True)
-        merged.generation_config = _plain(merged.generation_config)
         try:
             merged.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
@@ -166,12 +165,6 @@ def _dequantised(model: Any, base: str, dtype: Any) -> Any:  # noqa: ANN401 -- a
         if of_quantizer.isdisjoint(type(step) for step in getattr(one, "operations", ()))
     ]
     return model
-
-
-def _plain(generation: Any) -> Any:  # noqa: ANN401 -- a transformers GenerationConfig
-    """Return a configuration that says where to stop and nothing about sampling, so that it is valid."""
-    kept = {key: getattr(generation, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return type(generation)(**kept)
 
 
 def _name_old_config_keys(path: Path) -> None:

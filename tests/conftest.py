@@ -100,3 +100,10 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     for page in pages:
         page.close()
     assert complaints == []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs a browser is slow."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)

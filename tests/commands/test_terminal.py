@@ -86,6 +86,7 @@ def arguments(name, folder):
     }[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["evaluate", "doctor", "submit", "report", "search", "predict"])
 def test_a_lacking_character_is_replaced(name, files, run_module):
     result = run_module(*arguments(name, files), env=CP949, encoding="cp949")

@@ -221,6 +221,7 @@ ANSWERLIKE = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20_000, deadline=None)
 @given(ANSWERLIKE)
 def test_no_text_breaks_parser_or_scorer(text):

@@ -493,6 +493,7 @@ def command(tmp_path):
     return [str(questions) if word == "QUESTIONS" else str(word) for word in COMMAND]
 
 
+@pytest.mark.slow
 def test_a_killed_prediction_goes_on_to_the_same_file(command, run_module, tmp_path):
     whole, output = tmp_path / "whole.json", tmp_path / "답 파일.json"
     assert run_module(*command, whole).returncode == 0
@@ -563,6 +564,7 @@ def test_a_part_file_that_cannot_be_written_is_one_line(tmp_path):
         PartFile(tmp_path / "none" / "part.jsonl", {}).add(1)
 
 
+@pytest.mark.slow
 def test_repairs_are_counted_and_can_be_left_out(run_module, tmp_path, command):
     """The part file of a whole run is enough: what is left is to repair and write."""
     output = tmp_path / "out.json"
@@ -594,6 +596,7 @@ predict.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_prompts_carry_the_context_that_training_had(tiny, command, run_module, tmp_path):
     rule = load_rule_book(DATA / "rules.json")[0]
     contexts = {QUESTIONS[0].id: Context(rules=(rule,), examples=(GOLD[20],))}
@@ -611,6 +614,7 @@ def test_prompts_carry_the_context_that_training_had(tiny, command, run_module, 
     assert len(load_records(output, "prediction")) == 12
 
 
+@pytest.mark.slow
 def test_contexts_are_fitted_to_the_length_that_training_saved(command, run_module, tmp_path):
     """As training saves it beside the adapter and export in the merged folder: in the tokenizer."""
     rules = load_rule_book(DATA / "rules.json")[:2]

@@ -161,7 +161,7 @@ def test_bleurt_is_the_papers_architecture(gelu, bleurt_folder):
 
 
 def test_bleurt_is_not_symmetric(bleurt):
-    assert abs(bleurt.score([REASONS[0]], [REASONS[1]])[0] - bleurt.score([REASONS[1]], [REASONS[0]])[0]) > 1e-3
+    assert abs(bleurt.score([REASONS[0]], [REASONS[1]])[0] - bleurt.score([REASONS[1]], [REASONS[0]])[0]) > 1e-4
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 40))

@@ -239,6 +239,7 @@ def test_comparison_is_paired():
     assert compare(scored(*worse), scored(*worse), ("em",))["difference"]["exact_match"]["p"] == 1.0
 
 
+@pytest.mark.slow
 def test_evaluate_with_all_metrics_and_a_comparison(contest_file, run_module, tmp_path):
     encoder = make_encoder(tmp_path / "인코더", hidden=32, vocabulary=600, words=500)
     bleurt = make_bleurt(tmp_path / "bleurt", hidden=24, layers=2, heads=2, embedding=8, vocabulary=1_500, pieces=1_300)

@@ -81,6 +81,7 @@ def random_model(dtype, layers=6, hidden=256):
 FLOAT, BF16 = torch.float32, torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "fullest", "gradient_checkpointing", "dtype", "batch", "steps"),
     [

@@ -331,6 +331,7 @@ def test_markup_and_odd_characters_in_any_text_are_shown_and_do_nothing(tmp_path
         assert page.locator("article:visible").count() == 1
 
 
+@pytest.mark.slow
 def test_many_records_and_megabyte_answers_stay_usable(tmp_path, open_page):
     gold = load_records(DATA / "test.json", answers="gold")
     golds = [

@@ -114,6 +114,7 @@ GPU = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("installed", "file"),
     [

@@ -42,7 +42,8 @@ def session(tmp_path):
     cells in the clone's root there."""
     clone, site = tmp_path / "저장소 복사", tmp_path / "site"
     shutil.copytree(ROOT / "malpyeong", clone / "malpyeong", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "recipes/grpo.py"):
+    files = ("pyproject.toml", "README.md", "LICENSE", "recipes/grpo.py", "tools/constraints.py", "requirements.lock")
+    for name in (*files, *(f"constraints/{path.name}" for path in (ROOT / "constraints").iterdir())):
         (clone / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, clone / name)
     venv.create(tmp_path / "venv", with_pip=False)
@@ -84,6 +85,7 @@ def wheel(name, folder):
                 archive.write(file.locate(), f"{file}")
 
 
+@pytest.mark.slow
 def test_the_clones_source_does_not_count_as_installed(session, tmp_path):
     wheel("setuptools", tmp_path / "wheels")
     result, clone, installed = session(tmp_path / "wheels")
@@ -95,6 +97,7 @@ def test_the_clones_source_does_not_count_as_installed(session, tmp_path):
     assert "--editable" in session(tmp_path / "wheels", new_session=True)[0].stdout
 
 
+@pytest.mark.slow
 def test_without_internet_all_comes_from_the_attached_wheels(session, tmp_path):
     wheel("setuptools", tmp_path / "붙인 자료")
     missing = ["cachetools"]
@@ -156,6 +159,7 @@ def times(runs):
     return {file: file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_a_second_start_trains_nothing_again(folder, tmp_path):
     runs = tmp_path / "실행 결과"
     notebook, error = execute(folder, runs)
@@ -191,6 +195,7 @@ def test_the_notebook_runs_and_a_second_start_trains_nothing_again(folder, tmp_p
     assert (out / "submission.json").exists()
 
 
+@pytest.mark.slow
 def test_a_failing_command_stops_the_notebook_with_its_message(folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(folder, data)

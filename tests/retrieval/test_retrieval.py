@@ -338,6 +338,7 @@ def test_on_the_sample_data_every_step_is_far_above_chance():
     assert plain.mean + 0.1 < weighted.mean < recall["oracle"].mean
 
 
+@pytest.mark.slow
 def test_the_search_of_examples_and_rules_on_the_sample_data():
     """Examples found by the edit are above those found by words and reasons, and neighbours' rules above BM25's."""
     records = load_records(DATA / "test.json", answers="gold")
@@ -612,7 +613,9 @@ def test_context_that_does_not_fit_is_dropped_whole_from_the_end():
     for dropped, one in enumerate(kept):
         limit = len(render(tokenizer, record, one).ids)
         assert [prompt.context for prompt in fit_prompts(tokenizer, [record], [context], [limit])] == [one]
-        line = left_out([context, Context()], [one, Context()], "the limit")
+        line = left_out(
+            [context, Context()], [render(tokenizer, record, kept) for kept in (one, Context())], "the limit"
+        )
         assert line.startswith(f"{dropped} of 5 rules and examples do not fit the limit" if dropped else "")
         assert bool(line) == bool(dropped)
     assert [prompt.context for prompt in fit_prompts(tokenizer, [record], [context], [1])] == [Context()]
@@ -687,6 +690,7 @@ def test_a_classifier_is_no_reranker(tmp_path):
         Reranker(save_cross_encoder(tmp_path / "classifier", labels=3))
 
 
+@pytest.mark.slow
 def test_evaluate_with_models(folder, embedder, cross_encoder):
     result = run(
         *("evaluate", DATA / "unseen.json", "--labels", DATA / "labels.json", "--rules", DATA / "rules.json"),

@@ -333,6 +333,7 @@ def recipe(folder, stage, *overrides):
     return (f"recipes/{stage}.py", f"recipes/tiny/{stage}.yaml", *chosen, *files, *overrides)
 
 
+@pytest.mark.slow
 def test_a_model_learns_to_choose_and_its_choice_is_kept_apart_from_the_answer(folder, run_module):
     sft = recipe(folder, "sft", f"data.dev={folder / 'dev.json'}", "training.batch_size=10", "training.epochs=12")
     assert run_module(*sft, "training.eval_steps=12", "training.warmup_steps=2").returncode == 0

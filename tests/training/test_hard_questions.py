@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.models.load import load_for_prediction
@@ -37,6 +39,7 @@ def test_writes_the_share_with_the_highest_perplexity_in_the_order_of_the_file(t
     assert "the 6 hardest of 20 questions" in result.stdout
 
 
+@pytest.mark.slow
 def test_prompts_are_those_of_training(tmp_path, run_module):
     labels = json.loads((DATA / "labels.json").read_text("utf-8"))
     rules = {rule.id: rule for rule in load_rule_book(DATA / "rules.json")}

@@ -340,7 +340,7 @@ def arguments(folder, output, *more):
 @pytest.fixture(scope="module")
 def recipe():
     """Run the recipe in this process and return click's result."""
-    command = runpy.run_path(str(ROOT / "recipes" / "mine_contexts.py"))["main"]
+    command = runpy.run_path(str(ROOT / "recipes" / "mine.py"))["main"]
     return lambda *given: CliRunner().invoke(command, arguments(*given))
 
 

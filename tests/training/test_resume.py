@@ -108,6 +108,7 @@ def adapter(data, tmp_path_factory):
     return run / "adapter"
 
 
+@pytest.mark.slow
 def test_a_reward_that_applies_to_no_completion_of_a_step(data, adapter, tmp_path):
     run = tmp_path / "run"
     output = finished(grpo(data, run, adapter, "training.max_steps=12", "training.save_steps=4"))
@@ -152,6 +153,7 @@ def grpo_run(data, adapter, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_elsewhere_as_if_it_had_been_longer_from_the_start(data, adapter, grpo_run, tmp_path):
     """Folder, data and adapter have moved, and it saves at other steps: a second session on Kaggle."""
     there = tmp_path / "그곳"

@@ -62,6 +62,7 @@ def recall(dense, records):
     return table["dense"]["Recall@10"].mean
 
 
+@pytest.mark.slow
 def test_training_makes_a_better_encoder(base, questions, tmp_path):
     output = tmp_path / "검색기"
     result = train(*overrides(base, questions, output), "data.negatives=0")
@@ -82,6 +83,7 @@ def test_training_makes_a_better_encoder(base, questions, tmp_path):
     assert "add data.negatives=0 to go on" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_lora_adapter_is_merged_and_labels_may_be_mined(base, questions, tmp_path):
     mined = tmp_path / "contexts.jsonl"
     with mined.open("w", encoding="utf-8") as file:

@@ -233,6 +233,7 @@ def test_run_page_refuses_what_is_no_run(grpo_run, run_module, tmp_path):
         assert not (tmp_path / "run.html").exists()
 
 
+@pytest.mark.slow
 def test_grpo_with_all_of_the_contests_metrics(data, sft_run, tmp_path):
     encoder = make_encoder(tmp_path / "인코더", hidden=32, vocabulary=1_000, words=900)
     bleurt = make_bleurt(tmp_path / "bleurt", hidden=24, layers=2, heads=2, embedding=8, vocabulary=1_500, pieces=1_300)
@@ -260,6 +261,7 @@ def test_grpo_with_all_of_the_contests_metrics(data, sft_run, tmp_path):
         assert sum(parts) == pytest.approx(row["step_seconds"])
 
 
+@pytest.mark.slow
 def test_a_run_of_dead_groups_stops_and_says_why(data, sft_run, tmp_path):
     size = ("training.batch_size=4", "training.num_generations=4", "training.max_completion_length=16")
     frozen = ("training.temperature=0.001", "training.max_steps=12", "training.save_steps=4")
@@ -271,6 +273,7 @@ def test_a_run_of_dead_groups_stops_and_says_why(data, sft_run, tmp_path):
     assert is_complete(tmp_path / "run" / "checkpoint-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_killed_run_goes_on_to_the_same_result(stage, data, sft_run, grpo_run, tmp_path):
     run, whole = tmp_path / "끊긴 실행", {"sft": sft_run, "grpo": grpo_run}[stage]
@@ -307,6 +310,7 @@ def copy_run(whole, run):
     (run / "config.yaml").write_text(config.replace(str(whole), str(run)), "utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_kill_after_the_last_step_adds_no_training(stage, data, sft_run, grpo_run, tmp_path):
     whole, run = {"sft": sft_run, "grpo": grpo_run}[stage], tmp_path / "run"
@@ -414,6 +418,7 @@ def test_4bit_gradients_are_right_after_an_evaluation(sft_run):
         assert torch.linalg.norm(found[name] - gradient) <= 1e-3 * torch.linalg.norm(gradient) + 1e-8, name
 
 
+@pytest.mark.slow
 def test_qlora_grpo_runs_on_a_cpu(data, sft_run, tmp_path):
     run = tmp_path / "qlora"
     finish(start(*grpo_command(data, run, sft_run / "adapter", "model.load_in_4bit=true", "training.max_steps=3")))
@@ -503,7 +508,7 @@ def test_a_model_that_is_not_there_is_one_line(run_module, tmp_path):
     questions = DATA / "test_questions.json"
     result = run_module("-m", "malpyeong.predict", tmp_path / "없음", questions, "-o", tmp_path / "out.json")
     assert result.returncode == 2
-    assert "없음: cannot be loaded as a model (no such folder)" in result.stderr.splitlines()[-1]
+    assert "없음: cannot be loaded as a model (no such folder;" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 

@@ -102,6 +102,7 @@ def test_the_environment_is_set_but_for_what_the_user_has_set(monkeypatch, tmp_p
     environment._compiled_code.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_clone_that_is_not_installed_is_one_line_with_the_cure(tmp_path):
     """Everything but our own metadata is there, and the clone on the path."""
     (site,) = {Path(path).parent for path in find_spec("click").submodule_search_locations}
