@@ -149,9 +149,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     clock = StepClock(rewards)
 
     class TimedTrainer(GRPOTrainer):
-        def _generate(self, *args: Any) -> Any:  # noqa: ANN401 -- as in TRL
+        def _generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in TRL
             with clock.generating():
-                return super()._generate(*args)
+                return super()._generate(*args, **kwargs)
 
     stated = arguments(recipe, backend)
     config = GRPOConfig(**stated)
