@@ -75,7 +75,7 @@ samples: $(STAMP) ## rebuild malpyeong/samples/data from the item bank
 	$(RUN) -m tools.samples.build
 
 tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
-	$(RUN) tools/tiny_base.py -o "$(RUNS)/tiny_base"
+	$(RUN) -m tools.tiny_base -o "$(RUNS)/tiny_base"
 
 gpu-check: $(STAMP) ## does all of it run on this GPU? times, tokens/s, peaks (random weights, offline, minutes)
 	$(RUN) -m benchmarks.gpu_check --work "$(RUNS)/gpu-check"

@@ -1,6 +1,6 @@
 """Make the tiny Korean base model that the demo fine-tunes: tokenizer, Qwen3 architecture, pre-training.
 
-    python tools/tiny_base.py -o runs/tiny_base
+    python -m tools.tiny_base -o runs/tiny_base
 
 No weights can be downloaded everywhere, and most readers try a repository on a laptop first; this model lets
 them run the very code that a GPU run takes. It reads one character at a time (a syllable may be copied or
