@@ -238,7 +238,7 @@ def test_an_adapter_by_its_hub_id(adapter, tmp_path):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env=environment)
 
     result = load("someone/malpyeong-sft")
-    assert result.stdout.split() == [str(TINY_BASE), "28"], result.stderr
+    assert result.stdout.splitlines() == [str(TINY_BASE), "28"], result.stderr
     command = [
         sys.executable,
         "-m",
