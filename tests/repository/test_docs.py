@@ -115,7 +115,8 @@ def test_from_the_contests_files_to_a_submission_as_the_readme_says(tmp_path):
         "submit-tiny": "--max-new-tokens 96",
     }
     for target, arguments in steps.items():
-        command = ["make", "-s", "-o", ".venv/.installed", f"RUN={shlex.quote(sys.executable)}", f"DATA={data}", f"RUNS={runs}"]
+        run = f"RUN={shlex.quote(sys.executable)}"
+        command = ["make", "-s", "-o", ".venv/.installed", run, f"DATA={data}", f"RUNS={runs}"]
         result = subprocess.run(
             [*command, target, f"ARGS={arguments}"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
         )
