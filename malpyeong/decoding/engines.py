@@ -22,7 +22,7 @@ from malpyeong.contest.repair import finish
 from malpyeong.decoding.constrain import MIN_CONSTRAINED_TOKENS, AnswerFormat, GrammarMask, token_ids
 from malpyeong.errors import InputError
 from malpyeong.prompts.context import Context
-from malpyeong.prompts.messages import context_messages, prompt_ids
+from malpyeong.prompts.messages import render
 from malpyeong.prompts.rule_choice import NONE, tag
 
 if TYPE_CHECKING:
@@ -129,10 +129,7 @@ class BatchEngine(ABC):
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         """Return each record's prompt as token ids, with the rules and examples of its id."""
         contexts = [self._contexts.get(record.id, Context()) for record in records]
-        return [
-            prompt_ids(self.tokenizer, context_messages(record, context))
-            for record, context in zip(records, contexts, strict=True)
-        ]
+        return [render(self.tokenizer, record, context).ids for record, context in zip(records, contexts, strict=True)]
 
     def answers(self, records: Sequence[Record]) -> list[list[str]]:
         """Return ``decoding.samples`` answers for each record of a batch, the greedy one first."""
