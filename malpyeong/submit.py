@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from malpyeong.contest.answer import contest_split, format_problem, parse_answer, quote
+from malpyeong.contest.answer import FormatProblem, contest_split, format_problem, parse_answer, quote
 from malpyeong.contest.particles import subject_particle
 from malpyeong.contest.question import options, read_record
 from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
@@ -27,7 +27,7 @@ def problems(record: Record) -> list[str]:
     """Return what would lose points, or looks damaged, in one predicted answer."""
     answer = record.answer or ""
     if not answer.strip():
-        return ["empty answer"]
+        return [str(FormatProblem.EMPTY)]
     found = []
     if not is_split(record):
         found.append(
@@ -41,7 +41,7 @@ def problems(record: Record) -> list[str]:
         found.append("replacement character � (broken decoding)")
     problem = format_problem(answer)
     if problem and not found:
-        found.append(problem)
+        found.append(str(problem))
     parsed, offered = parse_answer(answer), options(record)
     for sentence in parsed.sentences if parsed.complete and offered else ():
         if sentence not in offered:

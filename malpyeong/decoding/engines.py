@@ -2,7 +2,7 @@
 
 Constrained answers are well formed by construction. Where a question offers options, the verdict is the likeliest of
 those that it can have (:func:`malpyeong.contest.question.verdicts`), and only the reason is generated; elsewhere the
-whole answer is generated under the grammar of :func:`malpyeong.contest.answer.answer_grammar`. This is for prediction
+whole answer is generated under the grammar of :func:`malpyeong.contest.grammar.answer_grammar`. This is for prediction
 alone: in RL rollouts it would hide from the rewards what the model does by itself.
 
 What an answer is made of is the same for every engine (:meth:`BatchEngine.answers`). An engine itself scores

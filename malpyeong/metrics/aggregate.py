@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.contest.answer import FormatProblem, contest_split, format_problem
 from malpyeong.contest.records import QUESTION_TYPES, Record
 from malpyeong.metrics.exact_match import exact_match
 
@@ -44,7 +44,7 @@ class RecordScore:
     bertscore: float | None
     bleurt: float | None
     missing_reason: bool
-    format_problem: str | None
+    format_problem: FormatProblem | None
 
 
 def score_records(
