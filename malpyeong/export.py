@@ -82,16 +82,9 @@ def export(
     from safetensors import SafetensorError
 
     from malpyeong.decoding.engines import Decoding, TransformersEngine
-    from malpyeong.models.load import (
-        adapter_folder,
-        base_of_adapter,
-        load_base,
-        load_for_prediction,
-        put_adapter,
-        save_tokenizer,
-        set_generation_config,
-        tokenizer_for_prediction,
-    )
+    from malpyeong.models.adapter import adapter_folder, base_of_adapter, put_adapter
+    from malpyeong.models.load import load_base, load_for_prediction, set_generation_config, tokenizer_for_prediction
+    from malpyeong.models.tokenizer import save_tokenizer
     from malpyeong.predict import predict
     from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
     from malpyeong.training.preflight import SAMPLES

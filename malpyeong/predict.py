@@ -240,7 +240,8 @@ def main(
 
     from malpyeong.decoding.engines import Decoding
     from malpyeong.metrics.rouge import load_dictionary
-    from malpyeong.models.load import adapter_folder, tokenizer_for_prediction
+    from malpyeong.models.adapter import adapter_folder
+    from malpyeong.models.load import tokenizer_for_prediction
 
     if samples > 1:
         load_dictionary()

@@ -27,8 +27,9 @@ from malpyeong.config.recipe import GRPORecipe
 from malpyeong.contest.records import write_records
 from malpyeong.errors import InputError, printable
 from malpyeong.files import check_writable
+from malpyeong.models.adapter import check_adapter
 from malpyeong.models.environment import prepare_environment
-from malpyeong.models.load import check_adapter, load_for_prediction
+from malpyeong.models.load import load_for_prediction
 from malpyeong.terminal import Command
 from malpyeong.training.data import load_train, sft_dataset, with_prompt_data
 

@@ -26,7 +26,9 @@ from malpyeong.contest.records import Record, load_records
 from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError, counted, printable
 from malpyeong.files import PartFile, check_writable, write_text
-from malpyeong.models.load import adapter_folder, check_adapter, load_for_prediction, load_tokenizer
+from malpyeong.models.adapter import adapter_folder, check_adapter
+from malpyeong.models.load import load_for_prediction
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.terminal import Command
 from malpyeong.training.run import check_run, start_run
 

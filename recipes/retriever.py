@@ -115,7 +115,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from transformers import set_seed
 
-    from malpyeong.models.load import check_target_modules, name_old_tokenizer_class
+    from malpyeong.models.adapter import check_target_modules
+    from malpyeong.models.tokenizer import name_old_tokenizer_class
     from malpyeong.training.callbacks import Guards, OwnArguments, check_learnt, explain_out_of_memory, show_progress
     from malpyeong.training.session import precision
 

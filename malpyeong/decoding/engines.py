@@ -283,7 +283,8 @@ class VLLMEngine(BatchEngine):
         decoding: Decoding,
         contexts: Mapping[str, Context] | None = None,
     ) -> None:
-        from malpyeong.models.load import adapter_folder, check_adapter, stop_tokens, tokenizer_for_prediction
+        from malpyeong.models.adapter import adapter_folder, check_adapter
+        from malpyeong.models.load import stop_tokens, tokenizer_for_prediction
 
         if decoding.samples > 1:
             raise InputError("samples are drawn with the transformers engine; leave --engine out")

@@ -103,7 +103,8 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     Raises:
         InputError: a data file cannot be read.
     """
-    from malpyeong.models.load import check_vllm, load_tokenizer
+    from malpyeong.models.load import check_vllm
+    from malpyeong.models.tokenizer import load_tokenizer
 
     yield from _versions()
     yield from _card(recipe)
@@ -334,7 +335,7 @@ def examine_tokenizer(
     """Yield whether prompts and answers become tokens, and text again, as training and the contest need it.
 
     Args:
-        tokenizer: from :func:`malpyeong.models.load.load_tokenizer`.
+        tokenizer: from :func:`malpyeong.models.tokenizer.load_tokenizer`.
         records: with answers; the first hundred are tried.
         context: of the first record, whose prompt is looked at.
     """

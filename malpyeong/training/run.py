@@ -26,7 +26,9 @@ from malpyeong.config.load import upgrade
 from malpyeong.config.recipe import Block, GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
-from malpyeong.models.load import adapter_folder, check_adapter, save_tokenizer, weight_files_digest
+from malpyeong.models.adapter import adapter_folder, check_adapter
+from malpyeong.models.load import weight_files_digest
+from malpyeong.models.tokenizer import save_tokenizer
 
 PACKAGES = (
     "malpyeong",

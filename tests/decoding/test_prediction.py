@@ -36,7 +36,8 @@ from malpyeong.decoding.likelihood import TreeScorer, can_score_trees, log_likel
 from malpyeong.decoding.vote import choose
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile
-from malpyeong.models.load import load_for_prediction, load_tokenizer, tokenizer_for_prediction
+from malpyeong.models.load import load_for_prediction, tokenizer_for_prediction
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.predict import fitted, main, predict
 from malpyeong.prompts.context import Context, write_contexts
 from malpyeong.prompts.messages import build_messages, prompt_ids, render

@@ -13,7 +13,7 @@ from malpyeong.config.recipe import GRPORecipe, PromptData, SFTRecipe
 from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
-from malpyeong.models.load import load_tokenizer
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.predict import main as predict_command
 from malpyeong.prompts import rule_choice as choice
 from malpyeong.prompts.context import Context, load_contexts, write_contexts

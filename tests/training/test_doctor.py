@@ -12,12 +12,8 @@ from malpyeong.contest.records import load_records, write_records
 from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.export import export
-from malpyeong.models.load import (
-    check_vllm,
-    load_for_prediction,
-    load_for_training,
-    load_tokenizer,
-)
+from malpyeong.models.load import check_vllm, load_for_prediction, load_for_training
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.prompts.context import Context, write_contexts
 from malpyeong.prompts.messages import build_messages, fit_prompts, prompt_ids, render
 from malpyeong.samples import DATA, TINY_BASE

@@ -19,7 +19,7 @@ from malpyeong.config.recipe import GRPORecipe, MiningRecipe, SFTRecipe
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.errors import InputError
-from malpyeong.models.load import load_tokenizer
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.report.run_page import read_run, run_page
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.callbacks import Guards, progress_line

@@ -22,7 +22,9 @@ from malpyeong.contest.records import Record, load_records
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.export import export
-from malpyeong.models.load import load_base, load_for_prediction, load_for_training, load_tokenizer, put_adapter
+from malpyeong.models.adapter import put_adapter
+from malpyeong.models.load import load_base, load_for_prediction, load_for_training
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.predict import predict
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
