@@ -216,16 +216,12 @@ def main(
     check_records: int,
 ) -> None:
     """Merge ADAPTER into its base model and write the model folder, checked."""
-    import torch
+    from malpyeong.models.memory import out_of_memory
 
     records = load_records(check)[:check_records]
-    try:
+    cure = "merge on the CPU (CUDA_VISIBLE_DEVICES= before the command), or predict without: --adapter, --load-in-4bit"
+    with out_of_memory(cure):
         parity = export(adapter, output, base, dtype, dequantised, check=records)
-    except torch.OutOfMemoryError:
-        raise InputError(
-            "the GPU's memory does not hold the model in 16 bits; merge on the CPU (CUDA_VISIBLE_DEVICES= before the "
-            "command), or predict without merging: --adapter and --load-in-4bit"
-        ) from None
     click.echo(
         f"{output}: merged in {parity.dtype}; over {counted(parity.records, 'prompt')} the largest logit difference is "
         f"{parity.max_logit_diff:.2g}, the likeliest token is the same at {parity.top_token_agreement:.1%} of places, "

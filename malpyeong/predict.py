@@ -235,13 +235,13 @@ def main(
         raise InputError("--choose needs --context, the rules to choose among")
     contexts = load_contexts(context, records, choose_rule) if context else [Context()] * len(records)
     check_writable(output)
-    import torch
     from tqdm import tqdm
 
     from malpyeong.decoding.engines import Decoding
     from malpyeong.metrics.rouge import load_dictionary
     from malpyeong.models.adapter import adapter_folder
     from malpyeong.models.load import tokenizer_for_prediction
+    from malpyeong.models.memory import out_of_memory
 
     if samples > 1:
         load_dictionary()
@@ -269,7 +269,8 @@ def main(
         if done:
             click.echo(f"resuming from {part.path}: {len(done)} of {len(records)} answers are there")
         by_id = {record.id: its for record, its in zip(records, contexts, strict=True)}
-        try:
+        smaller = "" if load_in_4bit else ", or add --load-in-4bit"
+        with out_of_memory(f"lower --batch-size={batch_size}{smaller}; first remove {part.path}, if it is there"):
             engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, by_id)
             score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
             start = time.perf_counter()
@@ -279,12 +280,6 @@ def main(
                     part.add({"id": records[place].id, "answer": answer})
                     bar.update(place not in done)
             seconds = time.perf_counter() - start
-        except torch.OutOfMemoryError:
-            begun = f"; first remove {part.path}" if part.path.exists() else ""
-            smaller = "" if load_in_4bit else ", or add --load-in-4bit"
-            raise InputError(
-                f"the GPU's memory does not suffice; lower --batch-size={batch_size}{smaller}{begun}"
-            ) from None
     if choose_rule:
         named, choices = [], output.with_name(f"{output.stem}.choices.jsonl")
         for record, shown in zip(records, contexts, strict=True):

@@ -1,4 +1,4 @@
-"""Commands, and terminals that lack a character: a Korean Windows prints CP949, which has no ``–`` and no old Hangul."""
+"""Commands, on terminals that lack a character: a Korean Windows prints CP949, which has no ``–`` and no old Hangul."""
 
 import io
 import json

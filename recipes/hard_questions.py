@@ -30,6 +30,7 @@ from malpyeong.files import check_writable
 from malpyeong.models.adapter import check_adapter
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import load_for_prediction
+from malpyeong.models.memory import out_of_memory
 from malpyeong.terminal import Command
 from malpyeong.training.data import load_train, sft_dataset, with_prompt_data
 
@@ -55,22 +56,19 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, output
             raise InputError(f"{output}: is a file that the recipe reads; name another one")
     check_adapter(block.adapter)
     check_writable(output)
-    import torch
     from tqdm import tqdm
 
     from malpyeong.training.perplexity import answer_perplexities
 
-    try:
+    cure = "a smaller model" if block.load_in_4bit else "model.load_in_4bit=true or a smaller model"
+    with out_of_memory(f"take {cure}"):
         model, tokenizer = load_for_prediction(block.name, block.adapter, block.dtype, block.load_in_4bit)
         rows = sft_dataset(tokenizer, questions, block.max_length)
         starts = [labels.count(-100) for labels in rows["labels"]]
         prompts = [ids[:start] for ids, start in zip(rows["input_ids"], starts, strict=True)]
         answers = [ids[start:] for ids, start in zip(rows["input_ids"], starts, strict=True)]
-        found = answer_perplexities(model, prompts, answers, tokenizer.pad_token_id)
-        ppl = dict(tqdm(found, total=len(answers), desc="perplexity", unit="question"))
-    except torch.OutOfMemoryError:
-        cure = "a smaller model" if block.load_in_4bit else "model.load_in_4bit=true or a smaller model"
-        raise InputError(f"the GPU's memory does not suffice; take {cure}") from None
+        perplexities = answer_perplexities(model, prompts, answers, tokenizer.pad_token_id)
+        ppl = dict(tqdm(perplexities, total=len(answers), desc="perplexity", unit="question"))
     ranked = sorted(ppl, key=lambda place: (-ppl[place], place))
     hard = ranked[: max(1, round(share * len(ranked)))]
     write_records(output, [questions.records[place] for place in sorted(hard)])

@@ -28,6 +28,7 @@ from malpyeong.errors import InputError, counted, printable
 from malpyeong.files import PartFile, check_writable, write_text
 from malpyeong.models.adapter import adapter_folder, check_adapter
 from malpyeong.models.load import load_for_prediction
+from malpyeong.models.memory import out_of_memory
 from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.terminal import Command
 from malpyeong.training.run import check_run, start_run
@@ -42,7 +43,6 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     """Find the rules that make each gold answer likelier, as RECIPE says."""
     recipe = load_recipe(recipe_file, overrides, MiningRecipe)
     model_block, data, mining = recipe.model, recipe.data, recipe.mining
-    import torch
     from tqdm import tqdm
 
     from malpyeong.training.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
@@ -95,16 +95,12 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     found = computed(part, plan)
     costs = [plan.cost(batch) for batch in plan.batches]
     with tqdm(total=sum(costs), initial=sum(costs[: len(found)]), desc="mine", unit="tok", unit_scale=True) as progress:
-        try:
+        cure = f"halve mining.batch_tokens={mining.batch_tokens} and start again in another output folder"
+        with out_of_memory(cure):
             for ppl in mine(model, plan, tokenizer.pad_token_id, done=len(found)):
                 part.add({"batch": len(found), "ppl": ppl})
                 progress.update(costs[len(found)])
                 found.append(ppl)
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"the GPU's memory does not suffice; halve mining.batch_tokens={mining.batch_tokens} and start again "
-                "in another output folder"
-            ) from None
     rows = ranked(plan, questions, rules, found, mining.top_k)
     counts = {"questions": len(questions), "rules": len(rules), "perplexities": plan.pairs, "tokens": plan.tokens}
     write_text(output / "mining.json", json.dumps({"sha256": header, **counts}, indent=2) + "\n")

@@ -681,6 +681,7 @@ def test_a_full_gpu_is_one_line_and_keeps_what_is_there(command, tmp_path, monke
         return answers(engine, records)
 
     monkeypatch.setattr(TransformersEngine, "answers", full)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 4 * 2**30))
     result = CliRunner().invoke(main, [*command[2:], str(tmp_path / "답.json")])
     assert result.exit_code == 2
     part = tmp_path / ".답.json.part.jsonl"
