@@ -31,7 +31,7 @@ from malpyeong.models.load import load_for_prediction
 from malpyeong.models.memory import out_of_memory
 from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.terminal import Command
-from malpyeong.training.run import check_run, start_run
+from malpyeong.training.run import check_run, digests, start_run
 
 
 @click.command(cls=Command)
@@ -78,7 +78,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
         return
     output = Path(mining.output)
     result, kept = output / "contexts.jsonl", output / "contexts.part.jsonl"
-    check_run(output, recipe, inputs, resume == "auto")
+    sources = digests(inputs)
+    check_run(output, recipe, sources, resume == "auto")
     if result.exists():
         kept.unlink(missing_ok=True)
         click.echo(f"{result}: this run has ended already")
@@ -88,7 +89,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, estimate: b
     model, tokenizer = load_for_prediction(
         model_block.name, model_block.adapter, model_block.dtype, model_block.load_in_4bit
     )
-    start_run(output, recipe, inputs)
+    start_run(output, recipe, sources)
     # The tokens are of every question and rule as it is read, so that no file can be another unnoticed.
     header = {"weights": weights_digest(model), "tokens": plan.digest()}
     part = PartFile(kept, header)

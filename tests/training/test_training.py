@@ -26,7 +26,7 @@ from malpyeong.models.adapter import put_adapter
 from malpyeong.models.load import load_base, load_for_prediction, load_for_training
 from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.predict import predict
-from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids
+from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids, render
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
 from malpyeong.training.run import last_checkpoint
@@ -447,7 +447,8 @@ def test_the_merged_model_is_the_adapter_model(dequantised, grpo_run, tmp_path):
     original = put_adapter(load_base(str(TINY_BASE), torch.float32), grpo_run / "adapter").eval()
     if not dequantised:
         merged, adapted = (TransformersEngine(it, tokenizer, Decoding(max_new_tokens=160)) for it in (model, original))
-        assert dict(predict(merged, questions)) == dict(predict(adapted, questions))
+        prompts = [render(tokenizer, record) for record in questions]
+        assert dict(predict(merged, prompts)) == dict(predict(adapted, prompts))
     assert tokenizer.chat_template == load_tokenizer(str(TINY_BASE)).chat_template
 
 
@@ -456,10 +457,11 @@ def test_an_adapter_is_merged_for_prediction_but_not_into_4_bit_weights(sft_run)
     adapter, questions = sft_run / "adapter", load_records(DATA / "test_questions.json")[:12]
     merged, tokenizer = load_for_prediction(str(TINY_BASE), str(adapter), "float32")
     adapted = put_adapter(load_base(str(TINY_BASE), torch.float32), adapter).eval()
+    prompts = [render(tokenizer, record) for record in questions]
     assert not any("lora" in name for name, _ in merged.named_parameters())
     for decoding in (Decoding(max_new_tokens=160), Decoding(True, max_new_tokens=160)):
         engines = [TransformersEngine(model, tokenizer, decoding) for model in (merged, adapted)]
-        assert dict(predict(engines[0], questions)) == dict(predict(engines[1], questions))
+        assert dict(predict(engines[0], prompts)) == dict(predict(engines[1], prompts))
     quantised, _ = load_for_prediction(str(TINY_BASE), str(adapter), "float32", load_in_4bit=True)
     assert any("lora" in name for name, _ in quantised.named_parameters())
 
@@ -484,9 +486,9 @@ def test_export_refuses_what_is_no_adapter_and_what_exists(grpo_run, tmp_path, r
 
 def test_batched_prediction_does_not_depend_on_the_batch(sft_run):
     model, tokenizer = load_for_prediction(str(TINY_BASE), str(sft_run / "adapter"))
-    questions = load_records(DATA / "test_questions.json")[:7]
+    prompts = [render(tokenizer, record) for record in load_records(DATA / "test_questions.json")[:7]]
     engine = TransformersEngine(model, tokenizer, Decoding(max_new_tokens=120))
-    alone, together = (dict(predict(engine, questions, batch_size)) for batch_size in (1, 7))
+    alone, together = (dict(predict(engine, prompts, batch_size)) for batch_size in (1, 7))
     assert alone == together
 
 
