@@ -162,8 +162,8 @@ def test_run_page_shows_curves_and_sampled_groups(grpo_run, open_page, tmp_path)
     assert "끝난 학습" in page.inner_text("header")
     titles = page.locator("figure h3").all_inner_texts()
     assert titles == [
-        "보상", "보상의 합", "그룹 안 표준편차", "죽은 그룹", "답의 길이", "잘린 답", "손실", "기울기 크기",
-        "엔트로피", "한 단계에 걸린 시간",
+        "보상", "보상의 가중합", "그룹 안 표준편차", "죽은 그룹", "completion 길이", "잘린 completion",
+        "손실", "기울기 노름", "엔트로피", "step 시간",
     ]  # fmt: skip
     log = [row for row in json.loads((grpo_run / "log.json").read_text("utf-8")) if "reward" in row]
     legend = page.locator("figure").nth(1).locator("[data-line]")
@@ -209,7 +209,7 @@ def test_run_page_of_a_run_in_progress_and_on_a_phone(stage, sft_run, grpo_run, 
     assert page.locator("figure").count() == {"sft": 6, "grpo": 11}[stage]
     cards = page.inner_text(".cards")
     assert "11.2 GiB" in cards
-    assert "한 단계" in cards
+    assert "step 시간" in cards
     assert page.locator("section.group").count() == {"sft": 0, "grpo": 6}[stage]
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert (run / "checkpoint-9999").exists()  # looking changes nothing
