@@ -226,12 +226,10 @@ def main(
     A run that was killed resumes where it stopped when the same command is given again.
     """
     records = load_records(questions)
-    if output.exists() and output.samefile(questions):
-        raise InputError(f"{output}: would overwrite the questions; choose another name")
     if choose_rule and not context:
         raise InputError("--choose needs --context, the rules to choose among")
     contexts = load_contexts(context, records, choose_rule) if context else [NO_CONTEXT] * len(records)
-    check_writable(output)
+    check_writable(output, questions, context)
     from tqdm import tqdm
 
     from malpyeong.decoding.engines import Decoding

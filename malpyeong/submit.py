@@ -14,6 +14,7 @@ from malpyeong.contest.question import options, read_record
 from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
 from malpyeong.contest.repair import restore_jamo
 from malpyeong.errors import InputError, counted, printable
+from malpyeong.files import check_writable
 from malpyeong.terminal import Command
 
 _CURLY_QUOTES = re.compile("[“”‘’]")
@@ -116,9 +117,7 @@ def main(test: Path, prediction: Path, output: Path, strict: bool) -> None:
     """
     if output.suffix.lower() not in (".json", ".jsonl"):
         raise InputError(f"{output}: name a .json or .jsonl file")
-    for source in (test, prediction):
-        if output.exists() and source.exists() and output.samefile(source):
-            raise InputError(f"{output}: would overwrite an input file; choose another name")
+    check_writable(output, test, prediction)
     questions = load_records(test)
     answers = load_records(prediction, answers="prediction")
     check_same_questions(questions, answers, test, prediction)

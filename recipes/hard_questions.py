@@ -25,7 +25,7 @@ import click
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe
 from malpyeong.contest.records import write_records
-from malpyeong.errors import InputError, printable
+from malpyeong.errors import printable
 from malpyeong.files import check_writable
 from malpyeong.models.adapter import check_adapter
 from malpyeong.models.environment import prepare_environment
@@ -51,11 +51,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, output
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     block, data = recipe.model, recipe.data
     questions = with_prompt_data(load_train(data), data)
-    for path in (data.train, data.context, data.labels):
-        if path and output.exists() and output.samefile(path):
-            raise InputError(f"{output}: is a file that the recipe reads; name another one")
     check_adapter(block.adapter)
-    check_writable(output)
+    check_writable(output, data.train, data.context, data.labels)
     from tqdm import tqdm
 
     from malpyeong.training.perplexity import answer_perplexities

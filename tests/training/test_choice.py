@@ -251,9 +251,9 @@ def test_a_rule_that_was_not_tried_is_no_rule_that_does_not_help(tmp_path):
 
 
 def test_the_message_names_the_file_that_leaves_nothing_to_choose():
-    shown = Prompt(Context(tuple(RULES[:2]), choose=True), [], [])
+    shown = Prompt(TRAIN[0], Context(tuple(RULES[:2]), choose=True), [], [])
     with pytest.raises(InputError, match=r"^data\.context: no prompt has a rule"):
-        labelled_share([Labels({RULES[0].id: 1.0})], [Prompt(Context(choose=True), [], [])])
+        labelled_share([Labels({RULES[0].id: 1.0})], [Prompt(TRAIN[0], Context(choose=True), [], [])])
     with pytest.raises(InputError, match=r"^data\.labels: no rule helps"):
         labelled_share([Labels({rule.id: 0.0 for rule in RULES[:2]}, mined=True)], [shown])
     with pytest.raises(InputError, match=r"^data\.labels and data\.context: no rule that helps"):
