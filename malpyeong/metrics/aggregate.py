@@ -179,7 +179,7 @@ def _averages(scores: Sequence[RecordScore], metrics: Sequence[str]) -> dict[str
         else None
         for metric, key in METRICS.items()
     }
-    finals: dict[str, float | None] = _finals(means) if None not in means.values() else dict.fromkeys(FINALS)
+    finals: dict[str, float | None] = final_scores(means) if None not in means.values() else dict.fromkeys(FINALS)
     return {
         **means,
         **finals,
@@ -193,8 +193,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _finals(means: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the contest's two combined scores of the four metrics' means (numbers, or arrays of resampled ones)."""
+def final_scores(means: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contest's two combined scores (:data:`FINALS`) of the four metrics' means: numbers, or arrays."""
     descriptive = (means["rouge_1"] + means["bertscore"] + means["bleurt"]) / 3
     return dict(zip(FINALS, (descriptive, (means["exact_match"] + descriptive) / 2), strict=True))
 
@@ -218,5 +218,5 @@ def _resampled(
     resampled = []
     for means in np.hsplit(resampled_means(np.hstack(matrices), seed), len(matrices)):
         columns = dict(zip(keys, means.T, strict=True))
-        resampled.append({**columns, **_finals(columns)} if len(keys) == len(METRICS) else columns)
+        resampled.append({**columns, **final_scores(columns)} if len(keys) == len(METRICS) else columns)
     return resampled
