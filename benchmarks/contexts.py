@@ -73,18 +73,18 @@ def title_only(rule: Rule) -> Rule:
 
 
 def variants(
-    record: Record, found: Context, voted: Context, label: Labels, rules: Sequence[Rule]
+    record: Record, retrieved: Context, voted: Context, label: Labels, rules: Sequence[Rule]
 ) -> dict[str, Context]:
     """Return every kind of context of one question, from what BM25 and neighbours' labels found for it."""
     oracle = [rule for rule in rules if rule.id in label.gains]
     other = random.Random(record.question).choice([rule for rule in rules if rule.id not in label.gains])
     return {
-        "rule": Context((short(found.rules[0]),)),
+        "rule": Context((short(retrieved.rules[0]),)),
         "random": Context((short(other),)),
         "oracle": Context(tuple(map(short, oracle))),
-        "example": Context((), found.examples[:1]),
-        "both": Context((short(found.rules[0]),), found.examples[:1]),
-        "choice": Context(tuple(map(title_only, found.rules))),
+        "example": Context((), retrieved.examples[:1]),
+        "both": Context((short(retrieved.rules[0]),), retrieved.examples[:1]),
+        "choice": Context(tuple(map(title_only, retrieved.rules))),
         "neighbours": Context(tuple(map(title_only, voted.rules))),
     }
 
@@ -105,7 +105,7 @@ class Bench:
         splits = [DATA / f"{split}.json" for split in ("train", "dev", "explore", *SPLITS)]
         counts = ("--rules-k", str(CANDIDATES), "--examples-k", "1")
         search = ("-m", "malpyeong.retrieval", "search", *splits, "--rules", RULES, "--examples", DATA / "train.json")
-        found = make(self.output / "retrieved.jsonl", *search, *counts, "-o", self.output / "retrieved.jsonl")
+        retrieved = make(self.output / "retrieved.jsonl", *search, *counts, "-o", self.output / "retrieved.jsonl")
         voted = self.output / "voted.jsonl"  # of other questions' labels: a training question's own has no vote
         make(voted, *search, *counts, "--labels", LABELS, "-o", voted)
         records = [record for split in splits for record in load_records(split, answers="gold")]
@@ -114,7 +114,7 @@ class Bench:
         rows = [
             variants(record, context, other, label, rules)
             for record, context, other, label in zip(
-                records, load_contexts(found, records), load_contexts(voted, records), labels, strict=True
+                records, load_contexts(retrieved, records), load_contexts(voted, records), labels, strict=True
             )
         ]
         for kind in rows[0]:  # scores are of no use from here on; "neighbours" is written last

@@ -56,7 +56,7 @@ def measure(golds: Sequence[Record], answers: Sequence[str], seconds: float) -> 
     """Return one way's line of the table."""
     summary = summarise(score_records(golds, answers))
     offered = [(set(options(record)), answer) for record, answer in zip(golds, answers, strict=True) if options(record)]
-    found = [(sentences, set(parse_answer(answer).sentences)) for sentences, answer in offered]
+    answered = [(sentences, set(parse_answer(answer).sentences)) for sentences, answer in offered]
     kinds = {kind: part["exact_match"] for kind, part in summary["by_question_type"].items()}
     return {
         "exact_match": summary["exact_match"],
@@ -64,21 +64,21 @@ def measure(golds: Sequence[Record], answers: Sequence[str], seconds: float) -> 
         "exact_match_correction": kinds.get("교정형", float("nan")),
         "rouge_1": summary["rouge_1"] or 0.0,
         "format_rate": summary["format_rate"],
-        "literal_options": mean(bool(answer) and answer <= sentences for sentences, answer in found),
+        "literal_options": mean(bool(answer) and answer <= sentences for sentences, answer in answered),
         "seconds_per_record": seconds / len(golds),
     }
 
 
 def ways_of_decoding(samples: int, max_new_tokens: int) -> dict[str, Decoding]:
     """Return the ways that are compared, by name; without votes if there is but one sample."""
-    found = {
+    ways = {
         "free": Decoding(max_new_tokens=max_new_tokens),
         "constrained": Decoding(True, max_new_tokens=max_new_tokens),
     }
     if samples > 1:
-        found[f"free, {samples} samples"] = Decoding(samples=samples, max_new_tokens=max_new_tokens)
-        found[f"constrained, {samples} samples"] = Decoding(True, samples, max_new_tokens=max_new_tokens)
-    return found
+        ways[f"free, {samples} samples"] = Decoding(samples=samples, max_new_tokens=max_new_tokens)
+        ways[f"constrained, {samples} samples"] = Decoding(True, samples, max_new_tokens=max_new_tokens)
+    return ways
 
 
 def compare(
@@ -215,14 +215,14 @@ def quality(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
     }
-    found = unfinished(output, made_of)
+    measured = unfinished(output, made_of)
     ways = ways_of_decoding(samples, max_new_tokens)
     runs = []
     for adapter in adapters or (None,):
-        run = found.setdefault(model_digest(adapter) if adapter else "no adapter", {})
+        run = measured.setdefault(model_digest(adapter) if adapter else "no adapter", {})
         for rows in compare(model, adapter, golds, ways, batch_size, run):
             run.update(rows)
-            result = {"date": date.today().isoformat(), **made_of, "runs": found}
+            result = {"date": date.today().isoformat(), **made_of, "runs": measured}
             write_text(output, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
             click.echo(f"{adapter or model}: {rows}", err=True)
         runs.append({name: row for name, row in run.items() if name in (*ways, "free, repaired")})

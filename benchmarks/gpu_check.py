@@ -38,6 +38,7 @@ from malpyeong.models.environment import version
 from malpyeong.models.memory import GIB, SHAPES, estimate_recipe
 from malpyeong.report.run_page import read_run
 from malpyeong.terminal import Command
+from malpyeong.training.run import git_revision
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -91,10 +92,10 @@ class Check:
         self.results, self.work, self.tiny = results, work.resolve(), tiny
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
         shown = subprocess.run([sys.executable, "-c", _CARD], capture_output=True, text=True, check=True).stdout
-        found = None if tiny else json.loads(shown)
-        if not (found or tiny):
+        card = None if tiny else json.loads(shown)
+        if not (card or tiny):
             raise InputError("no GPU that this build of torch can use is here; --tiny tries the check on a CPU")
-        self.card, self.gib, self.ampere = found or ("none", 0.0, False)
+        self.card, self.gib, self.ampere = card or ("none", 0.0, False)
         self.backend = "unsloth" if not tiny and find_spec("unsloth") else "hf"
         self.no_vllm = "not installed" if find_spec("vllm") is None else "" if self.ampere else "not for this card"
         self.rows: list[dict[str, Any]] = []
@@ -143,9 +144,10 @@ class Check:
                 status, figures = "failed", {"note": str(error)}
             if step.cap_gib and figures.get("peak_reserved_gib", 0) > 1.01 * step.cap_gib:
                 status = "failed"  # the cap had no effect
-        row = {"step": step.name, "status": status, "date": str(date.today()), "git": _revision()}
+        revision = git_revision() or os.environ.get("MALPYEONG_REVISION")  # where the code was copied without history
+        row = {"step": step.name, "status": status, "date": str(date.today()), "git": revision}
         row |= {"card": self.card, "card_gib": round(self.gib, 1), "cap_gib": step.cap_gib, "model": step.model}
-        row |= {"versions": {name: found for name in PACKAGES if (found := version(name))}}
+        row |= {"versions": {name: installed for name in PACKAGES if (installed := version(name))}}
         row |= {"command": ["python", *(part.replace(f"{ROOT}/", "") for part in command)]}
         row |= {"environment": step.environment, "seconds": seconds, "figures": figures}
         self.rows.append(row)
@@ -197,34 +199,34 @@ class Check:
         log = [row for row in read_run(step.output).log if "step_seconds" in row]
         if step.resumes and [row["step"] for row in log] != list(range(1, recipe.training.max_steps + 1)):
             raise ValueError(f"the log has the steps {[row['step'] for row in log]}")
-        found: dict[str, Any] = {"steps": len(log)}
+        figures: dict[str, Any] = {"steps": len(log)}
         if log:
-            found["first_step_seconds"] = round(log[0]["step_seconds"], 2)
+            figures["first_step_seconds"] = round(log[0]["step_seconds"], 2)
             later = log[1:] or log
             for name in (f"{part}_seconds" for part in PARTS if f"{part}_seconds" in log[0]):
-                found[name] = round(statistics.median(row[name] for row in later), 3)
-            if "generate_seconds" in found:
+                figures[name] = round(statistics.median(row[name] for row in later), 3)
+            if "generate_seconds" in figures:
                 size = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
                 rates = [size * row["completions/mean_length"] / row["generate_seconds"] for row in later]
-                found["tokens_per_second"] = round(statistics.median(rates), 1)
+                figures["tokens_per_second"] = round(statistics.median(rates), 1)
             for name in (name for name in log[0] if name.startswith("peak_")):
-                found[name] = round(max(row[name] for row in log), 3)
+                figures[name] = round(max(row[name] for row in log), 3)
         if step.model in SHAPES:
             estimate = estimate_recipe(recipe, SHAPES[step.model], recipe.model.backend, self.gib)
-            found["estimated_gib"] = round(estimate.peak / GIB, 3)
-        return found
+            figures["estimated_gib"] = round(estimate.peak / GIB, 3)
+        return figures
 
     def longest(self, step: Step, log: str) -> dict[str, Any]:
         """Return the longest prompt whose step was done, beside the run's figures."""
-        found = self.trained(step, log)
-        return found | {"longest_prompt": LENGTHS[found["steps"] - 1] if found["steps"] else 0}
+        figures = self.trained(step, log)
+        return figures | {"longest_prompt": LENGTHS[figures["steps"] - 1] if figures["steps"] else 0}
 
 
 def exported(step: Step, _: str) -> dict[str, Any]:
     """Return how a merged model compares."""
-    found = json.loads((step.output / "export.json").read_text("utf-8"))
-    agreement = f"{found['dtype']}, likeliest token the same at {found['top_token_agreement']:.1%}"
-    return {"max_logit_diff": found["max_logit_diff"], "same_answers": found["same_answers"], "note": agreement}
+    parity = json.loads((step.output / "export.json").read_text("utf-8"))
+    agreement = f"{parity['dtype']}, likeliest token the same at {parity['top_token_agreement']:.1%}"
+    return {"max_logit_diff": parity["max_logit_diff"], "same_answers": parity["same_answers"], "note": agreement}
 
 
 def predicted(step: Step, log: str) -> dict[str, Any]:
@@ -344,15 +346,6 @@ def _is_complete(checkpoint: Path) -> bool:
         return bool(json.loads((checkpoint / "trainer_state.json").read_text("utf-8")))
     except (OSError, ValueError):
         return False
-
-
-def _revision() -> str | None:
-    """Return git's revision, or what MALPYEONG_REVISION says where the code was copied without its history."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MALPYEONG_REVISION")
 
 
 @click.command(cls=Command)

@@ -159,11 +159,12 @@ def main(
     for name, q, r, pairs, times in runs:
         model = make_model(name)
         records = [train[number * len(train) // q] for number in range(q)]
-        found = [measure(model, tokenizer, records, contest_length_rules(r), pairs, batch_tokens) for _ in range(times)]
-        looped, mined, differences = zip(*found, strict=True)
+        book = contest_length_rules(r)
+        measured = [measure(model, tokenizer, records, book, pairs, batch_tokens) for _ in range(times)]
+        looped, mined, differences = zip(*measured, strict=True)
         if max(differences) > TOLERANCE:
             raise click.ClickException(f"{name}: the two ways differ by {max(differences):.2g}")
-        plan = make_plan(tokenizer, records, contest_length_rules(r), None, MAX_LENGTH, batch_tokens)
+        plan = make_plan(tokenizer, records, book, None, MAX_LENGTH, batch_tokens)
         row = {
             "model": name,
             "questions": q,

@@ -137,9 +137,9 @@ def make_questions(path: Path, model: Path, lengths: Sequence[int]) -> None:
     for number, length in enumerate(lengths):
         question = (text * (length // len(text) + 1))[: length - empty]
         records.append(Record(str(number), "교정형", question, gold))
-        found = len(prompt_ids(tokenizer, build_messages(records[-1])))
-        if found != length:
-            raise ValueError(f"a prompt of {length} tokens cannot be made (got {found}; an empty one has {empty})")
+        tokens = len(prompt_ids(tokenizer, build_messages(records[-1])))
+        if tokens != length:
+            raise ValueError(f"a prompt of {length} tokens cannot be made (got {tokens}; an empty one has {empty})")
     write_records(path, records)
 
 

@@ -204,26 +204,26 @@ def main(
             "BERTScore": peak_memory("BERTScore", encoder, run[0]),
             "BLEURT": peak_memory("BLEURT", bleurt, run[0]),
         }
-        found: dict[str, dict[str, list[float]]] = {
+        measured: dict[str, dict[str, list[float]]] = {
             name: {key: [] for key in ("naive", "kept", "first", "all", "distinct")} for name in METRICS
         }
         for _ in range(repeats):
             mine = ours(encoder, bleurt)
             for name, seconds in time_run(mine, run).items():
-                found[name]["first"].append(seconds[0] / len(run[0]))
-                found[name]["all"].append(sum(seconds) / len(every))
+                measured[name]["first"].append(seconds[0] / len(run[0]))
+                measured[name]["all"].append(sum(seconds) / len(every))
             for name, seconds in time_run(ours(encoder, bleurt), distinct).items():
-                found[name]["distinct"].append(seconds[0] / len(distinct[0]))
+                measured[name]["distinct"].append(seconds[0] / len(distinct[0]))
             gc.collect()
             for key, keep in (("naive", False), ("kept", True)):
                 for name, scorer in one_by_one(encoder, bleurt, keep).items():
                     seconds_a_pair, scores = time_alone(scorer, tested)
-                    found[name][key].append(seconds_a_pair)
+                    measured[name][key].append(seconds_a_pair)
                     expected = mine[name](*(list(column) for column in zip(*tested, strict=True)))
                     difference = max(abs(a - b) for a, b in zip(scores, expected, strict=True))
                     if difference > METRICS[name]:
                         raise click.ClickException(f"{name}: the two ways differ by {difference}")
-    median = {name: {key: statistics.median(values) for key, values in row.items()} for name, row in found.items()}
+    median = {name: {key: statistics.median(values) for key, values in row.items()} for name, row in measured.items()}
     median["all"] = {key: sum(row[key] for row in median.values()) for key in median["ROUGE-1"]}
     show(median, memory, run, layers)
     if output:  # outside the temporary folder again

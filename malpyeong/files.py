@@ -52,14 +52,14 @@ def missing_cure(path: Path) -> str:
 
 def nfd_twin(path: Path) -> Path | None:
     """Return the path that is there where ``path`` is not and only the normal form of its names differs."""
-    found = Path(path.anchor)
+    twin = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:
         names = (part, unicodedata.normalize("NFD", part), unicodedata.normalize("NFC", part))
-        step = next((found / name for name in names if (found / name).exists()), None)
+        step = next((twin / name for name in names if (twin / name).exists()), None)
         if step is None:
             return None
-        found = step
-    return found if found != path else None
+        twin = step
+    return twin if twin != path else None
 
 
 def read_text(path: Path, expected: str) -> str:
@@ -181,8 +181,8 @@ class PartFile:
         whole = data[: data.rfind(b"\n") + 1]
         expected = json.loads(self._header)
         try:
-            found, *self.pieces = [json.loads(line) for line in whole.splitlines()] or [expected]
-            different = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+            header, *self.pieces = [json.loads(line) for line in whole.splitlines()] or [expected]
+            different = [key for key in {**expected, **header} if expected.get(key) != header.get(key)]
         except (ValueError, TypeError):
             raise self.damaged() from None
         if different:

@@ -29,41 +29,41 @@ def problems(record: Record) -> list[str]:
     answer = record.answer or ""
     if not answer.strip():
         return [str(FormatProblem.EMPTY)]
-    found = []
+    lines = []
     if not is_split(record):
-        found.append(
+        lines.append(
             "no reason under the contest's split"
             if "옳다" in contest_split(answer)[0]
             else "no 가 옳다 / 이 옳다: the contest takes the whole text as the sentence"
         )
     if restore_jamo(answer, record.question) != answer:
-        found.append("damaged jamo (the text went through NFD or NFKC; do not normalise answers)")
+        lines.append("damaged jamo (the text went through NFD or NFKC; do not normalise answers)")
     if "�" in answer:
-        found.append("replacement character � (broken decoding)")
+        lines.append("replacement character � (broken decoding)")
     problem = format_problem(answer)
-    if problem and not found:
-        found.append(str(problem))
+    if problem and not lines:
+        lines.append(str(problem))
     parsed, offered = parse_answer(answer), options(record)
     for sentence in parsed.sentences if parsed.complete and offered else ():
         if sentence not in offered:
             nearest = max(offered, key=lambda option: _alike(option, sentence[:_COMPARABLE]))
-            found.append(f'"{printable(sentence, 60)}" is none of the options; the nearest is "{nearest}"')
-    return found
+            lines.append(f'"{printable(sentence, 60)}" is none of the options; the nearest is "{nearest}"')
+    return lines
 
 
 def warnings(record: Record) -> list[str]:
     """Return what is unusual in one predicted answer: it may be right, and deserves a look."""
     answer, question = parse_answer(record.answer or ""), read_record(record)
     quoted = quote(answer.sentences, answer.joiner)
-    found = []
+    unusual = []
     particle = subject_particle(quoted)
     if answer.particle in ("가", "이") and answer.particle != particle:
-        found.append(f"particle {answer.particle}, where nearly all gold answers have {particle}")
+        unusual.append(f"particle {answer.particle}, where nearly all gold answers have {particle}")
     if _CURLY_QUOTES.search(quoted) and not _CURLY_QUOTES.search(record.question):
-        found.append("curly quotes in the sentence")
+        unusual.append("curly quotes in the sentence")
     if record.question_type == "교정형" and not question.options and question.sentences and answer.sentences:
-        found += _unusual_correction(question.sentences, answer.sentences)
-    return found
+        unusual += _unusual_correction(question.sentences, answer.sentences)
+    return unusual
 
 
 def _unusual_correction(before: Sequence[str], after: Sequence[str]) -> list[str]:
@@ -122,11 +122,11 @@ def main(test: Path, prediction: Path, output: Path, strict: bool) -> None:
     answers = load_records(prediction, answers="prediction")
     check_same_questions(questions, answers, test, prediction)
     submission = make_submission(questions, answers)
-    found = [(record.id, problem) for record in submission for problem in problems(record)]
+    defects = [(record.id, problem) for record in submission for problem in problems(record)]
     unusual = [(record.id, warning) for record in submission for warning in warnings(record)]
-    _list(prediction, found)
+    _list(prediction, defects)
     _list(prediction, unusual, "warning: ")
-    bad = len({id_ for id_, _ in found})
+    bad = len({id_ for id_, _ in defects})
     if bad and strict:
         raise InputError(f"{output}: not written; {bad} of {len(submission)} answers have problems (see above)")
     write_records(output, submission)
@@ -136,11 +136,11 @@ def main(test: Path, prediction: Path, output: Path, strict: bool) -> None:
     )
 
 
-def _list(prediction: Path, found: Sequence[tuple[str, str]], label: str = "") -> None:
-    for id_, text in found[:20]:
+def _list(prediction: Path, lines: Sequence[tuple[str, str]], label: str = "") -> None:
+    for id_, text in lines[:20]:
         click.echo(f'{prediction}: id "{printable(id_)}": {label}{text}', err=True)
-    if len(found) > 20:
-        click.echo(f"… and {len(found) - 20} more", err=True)
+    if len(lines) > 20:
+        click.echo(f"… and {len(lines) - 20} more", err=True)
 
 
 if __name__ == "__main__":

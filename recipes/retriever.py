@@ -53,10 +53,10 @@ def training_rows(
 ) -> list[dict[str, str]]:
     """Return for each record ``anchor`` (the question), ``positive`` (its rule) and ``negative_1`` … (hard ones)."""
     documents = rule_documents(rules)
-    found = Retriever(documents, [BM25(documents)]).search_all(records, len(rules))
+    ranked = Retriever(documents, [BM25(documents)]).search_all(records, len(rules))
     text = {document.id: document.text for document in documents}
     rows = []
-    for record, hits in zip(records, found, strict=True):
+    for record, hits in zip(records, ranked, strict=True):
         right = labels[record.id]
         # Every row needs as many negatives: where BM25 finds too few, the book's other rules follow in their order.
         others = dict.fromkeys([*(hit.id for hit in hits), *text])
@@ -91,8 +91,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     recipe = load_recipe(recipe_file, overrides, RetrieverRecipe)
     model_block, data, training = recipe.model, recipe.data, recipe.training
     records, rules = load_records(data.train), load_rule_book(data.rules)
-    best = {record.id: its.best_of_all for record, its in zip(records, load_labels(data.labels, records), strict=True)}
-    labels = {id_: rule for id_, rule in best.items() if rule is not None}
+    rows = zip(records, load_labels(data.labels, records), strict=True)
+    labels = {record.id: rule for record, label in rows if (rule := label.best_of_all) is not None}
     if not labels:
         raise InputError(f"{data.labels}: no rule helps any question; nothing to learn from")
     if len(labels) < len(records):

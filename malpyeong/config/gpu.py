@@ -82,10 +82,10 @@ def detect() -> str:
             "recipes/tiny on a CPU"
         )
     properties = torch.cuda.get_device_properties(0)
-    found = nearest(properties.total_memory / 2**30, torch.cuda.is_bf16_supported(including_emulation=False))
-    if found is None:
+    setting = nearest(properties.total_memory / 2**30, torch.cuda.is_bf16_supported(including_emulation=False))
+    if setting is None:
         raise InputError(
             f"gpu: auto: {properties.name} has {properties.total_memory / 2**30:.1f} GiB, less than the smallest card "
             "of the preset; state gpu=t4 and lower what `python -m malpyeong.doctor` names"
         )
-    return found
+    return setting

@@ -136,20 +136,20 @@ def differing(sentences: Sequence[Sequence[str]]) -> tuple[str, ...]:
 def _sentences(question: str) -> tuple[list[str], bool]:
     """Return the sentences of a question, and whether it asks to choose one of them."""
     lines = [line for line in map(str.strip, question.splitlines()) if line]
-    found = [sentence for line in lines for sentence in [_own_line(line)] if sentence]
-    if not found:
+    sentences = [sentence for line in lines for sentence in [_own_line(line)] if sentence]
+    if not sentences:
         choice = _QUOTED_CHOICE.match(question)
         if choice and (sentence := _own_line(choice["quoted"])):
             return [sentence], False
-        found = _within(question) or _after_the_asking(lines)
+        sentences = _within(question) or _after_the_asking(lines)
     wording = question
-    for sentence in found:
+    for sentence in sentences:
         wording = wording.replace(sentence, "", 1)
     if not _AMONG.search(wording):
-        return found, False
-    if len(found) == 1:  # a list that runs on
-        found = [part.strip() for part in _RUN_ON.split(found[0])]
-    return found, len(found) > 1 and not _AMONG_WRONG.search(wording)
+        return sentences, False
+    if len(sentences) == 1:  # a list that runs on
+        sentences = [part.strip() for part in _RUN_ON.split(sentences[0])]
+    return sentences, len(sentences) > 1 and not _AMONG_WRONG.search(wording)
 
 
 def _own_line(line: str) -> str:

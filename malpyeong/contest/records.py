@@ -109,11 +109,11 @@ def check_same_questions(
     Raises:
         InputError: names the first id that is missing, unexpected or out of place.
     """
-    expected, found = [record.id for record in gold], [record.id for record in predictions]
-    if expected == found:
+    expected, ids = [record.id for record in gold], [record.id for record in predictions]
+    if expected == ids:
         return
-    missing = [id_ for id_ in expected if id_ not in set(found)]
-    unknown = [id_ for id_ in found if id_ not in set(expected)]
+    missing = [id_ for id_ in expected if id_ not in set(ids)]
+    unknown = [id_ for id_ in ids if id_ not in set(expected)]
     if missing:
         raise InputError(
             f'{path}: {len(missing)} of {len(expected)} records of {gold_path} are missing, first id "{missing[0]}"; '
@@ -124,9 +124,9 @@ def check_same_questions(
             f'{path}: {len(unknown)} records are not in {gold_path}, first id "{unknown[0]}"; '
             "is this the prediction of another split?"
         )
-    place = next(index for index, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+    index = next(index for index, (a, b) in enumerate(zip(expected, ids, strict=True)) if a != b)
     raise InputError(
-        f'{path}: record {place + 1} has id "{found[place]}" where {gold_path} has "{expected[place]}"; '
+        f'{path}: record {index + 1} has id "{ids[index]}" where {gold_path} has "{expected[index]}"; '
         "keep the order of the question file"
     )
 

@@ -45,11 +45,11 @@ def repair(answer: str, question: str = "") -> tuple[str, tuple[str, ...]]:
         answer: what a model wrote.
         question: what it was asked; conjoining jamo that stand in it are no damage.
     """
-    found = parse_answer(answer)
-    if not found.complete or not found.sentences or not all(found.sentences):
+    parsed = parse_answer(answer)
+    if not parsed.complete or not parsed.sentences or not all(parsed.sentences):
         return answer, ()
-    mended = _mended(found, question)
-    if mended == found and format_problem(answer) is None:
+    mended = _mended(parsed, question)
+    if mended == parsed and format_problem(answer) is None:
         return answer, ()
     text = _written(mended)
     again = parse_answer(text)
@@ -59,7 +59,7 @@ def repair(answer: str, question: str = "") -> tuple[str, tuple[str, ...]]:
         or contest_split(text) != (f"{quote(mended.sentences, mended.joiner)}{mended.particle} 옳다", mended.reason)
     ):
         return answer, ()
-    return text, tuple(_kinds(answer, question, found, mended)) or ("verdict",)
+    return text, tuple(_kinds(answer, question, parsed, mended)) or ("verdict",)
 
 
 def finish(text: str, question: str = "") -> str:
@@ -139,29 +139,29 @@ def _written(answer: Answer) -> str:
     return f"{quote(answer.sentences, answer.joiner)}{answer.particle} 옳다. {answer.reason}".rstrip()
 
 
-def _kinds(answer: str, question: str, found: Answer, mended: Answer) -> list[str]:
+def _kinds(answer: str, question: str, parsed: Answer, mended: Answer) -> list[str]:
     """Name what is wrong in an answer."""
     kinds = ["thinking"] if "think>" in answer else []
     if "```" in answer:
         kinds.append("code fence")
     text = unwrap(answer)
-    before, _, rest = text.partition(found.sentences[0])
+    before, _, rest = text.partition(parsed.sentences[0])
     if before.strip(_QUOTES + " \t\n"):
         kinds.append("text before")
-    tail = rest if len(found.sentences) == 1 else rest.partition(found.sentences[-1])[2]
+    tail = rest if len(parsed.sentences) == 1 else rest.partition(parsed.sentences[-1])[2]
     closing = _CLOSING.match(tail)
     assert closing is not None  # it matches the empty string
     if before.strip()[-1:] != '"' or closing[0].strip() != '"':
         kinds.append("quotes")
     if closing[0] != closing[0].strip() or before[-1:].isspace():
         kinds.append("space")
-    if found.particle != mended.particle:
+    if parsed.particle != mended.particle:
         wrong = {"으가": "으가", "로": "고쳐 쓴다", "으로": "고쳐 쓴다"}
-        kinds.append(wrong.get(found.particle, "particle"))
-    if "\n" in found.reason or "\r" in found.reason:
+        kinds.append(wrong.get(parsed.particle, "particle"))
+    if "\n" in parsed.reason or "\r" in parsed.reason:
         kinds.append("line break")
-    if mended.particle == "이" and "가 옳다" in found.reason:
+    if mended.particle == "이" and "가 옳다" in parsed.reason:
         kinds.append("second 가 옳다")
-    if found.sentences != mended.sentences or restore_jamo(found.reason, question) != found.reason:
+    if parsed.sentences != mended.sentences or restore_jamo(parsed.reason, question) != parsed.reason:
         kinds.append("jamo")
     return kinds

@@ -172,11 +172,11 @@ def _split_at_headings(lines: Sequence[_Line]) -> list[_Line]:
     """
     text = "\n".join(line.text for line in lines)
     cuts: list[int] = []
-    for found in _HEADING.finditer(text):
-        short = len(found[0]) <= _MAX_HEADING_CHARS and found[0].count("\n") < _MAX_HEADING_LINES
-        if short and not re.search(r"\n\s*\n", found[0]) and not _REFERENCE.match(text, found.end()):
-            names = _heading_names(" ".join(found[0].split()))
-            cuts += found.span() if names and names[2] else ()
+    for heading in _HEADING.finditer(text):
+        short = len(heading[0]) <= _MAX_HEADING_CHARS and heading[0].count("\n") < _MAX_HEADING_LINES
+        if short and not re.search(r"\n\s*\n", heading[0]) and not _REFERENCE.match(text, heading.end()):
+            names = _heading_names(" ".join(heading[0].split()))
+            cuts += heading.span() if names and names[2] else ()
     split: list[_Line] = []
     start = 0
     for line in lines:
@@ -194,15 +194,15 @@ def _find_headings(lines: Sequence[_Line]) -> list[_Heading]:
     A heading names an article; one that does not (``<외래어 표기법 - 일러두기>``) counts if its category is that of
     a heading that does. So ``〈한국의 미 - 백자〉`` in an example stays text.
     """
-    found = []
+    headings = []
     position = 0
     while position < len(lines):
         heading = _heading_at(lines, position)
         if heading:
-            found.append(heading)
+            headings.append(heading)
         position = heading.end if heading else position + 1
-    categories = {_squeezed(heading.category) for heading in found if heading.article}
-    return [heading for heading in found if heading.article or _squeezed(heading.category) in categories]
+    categories = {_squeezed(heading.category) for heading in headings if heading.article}
+    return [heading for heading in headings if heading.article or _squeezed(heading.category) in categories]
 
 
 def _heading_at(lines: Sequence[_Line], first: int) -> _Heading | None:
@@ -335,7 +335,7 @@ def _read_plain(text: str) -> list[list[_Line]]:
         return pages
     (lines,) = pages
     numbers = [
-        (place, int(found[1])) for place, line in enumerate(lines) if (found := _PAGE_NUMBER.fullmatch(line.text))
+        (place, int(match[1])) for place, line in enumerate(lines) if (match := _PAGE_NUMBER.fullmatch(line.text))
     ]
     if len(numbers) < 3 or any(number != numbers[0][1] + step for step, (_, number) in enumerate(numbers)):
         return pages

@@ -126,16 +126,16 @@ class TreeScorer:
             self._read(batch, trees, starts)
             starts = [len(tree.tokens) for tree in trees]
         self._cache, self._known = batch.cache, {}
-        found: list[list[float]] = [[] for _ in prompts]
+        scores: list[list[float]] = [[] for _ in prompts]
         for number, (row, tree) in enumerate(zip(asked, trees, strict=True)):
-            prompt, found[row] = prompts[row], tree.scores()
+            prompt, scores[row] = prompts[row], tree.scores()
             own = [*range(batch.ids.shape[1] - len(prompt), batch.ids.shape[1] - 1)]
             self._known[tuple(prompt)] = number, own
             for position, ids in enumerate(candidates[row]):
                 nodes = [node for node, _ in tree.edges(position)]
                 if len(nodes) == len(ids):
                     self._known[*prompt, *ids] = number, [*own, *(tree.places[node] for node in nodes)]
-        return found
+        return scores
 
     def _read(self, batch: Batch, trees: Sequence[_Tree], starts: Sequence[int]) -> None:
         """Read the nodes from ``starts`` on into the batch's cache, and note what the model says of the next tokens."""

@@ -60,8 +60,8 @@ class BERTScore(PairScorer):
             raise
         except Exception as error:  # each reader has errors of its own for a damaged file
             raise InputError(f"{model}: cannot be loaded for BERTScore ({str(error).strip()[:200]})") from None
-        network, found = loaded
-        missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+        network, report = loaded
+        missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
         if missing:  # they would be drawn at random
             raise InputError(f"{model}: lacks weights ({', '.join(missing[:5])}); download it again")
         if getattr(self._tokenizer, "do_lower_case", False):
@@ -95,13 +95,13 @@ class BERTScore(PairScorer):
         return scores
 
     def _embed_references(self, texts: set[str]) -> dict[str, tuple["torch.Tensor", "torch.Tensor"]]:
-        found = {text: self._references[text] for text in sorted(texts) if text in self._references}
-        new = sorted(texts - found.keys())
+        embedded = {text: self._references[text] for text in sorted(texts) if text in self._references}
+        new = sorted(texts - embedded.keys())
         for batch in batches([self._tokens(text) for text in new], self._max_padded):
             chosen = [new[index] for index in batch]
-            found.update(zip(chosen, self._embed(chosen), strict=True))
-        self._references.update(found)
-        return found
+            embedded.update(zip(chosen, self._embed(chosen), strict=True))
+        self._references.update(embedded)
+        return embedded
 
     def _tokens(self, text: str) -> int:
         return len(_encode(self._tokenizer, text))

@@ -52,15 +52,15 @@ class PairScorer(ABC):
             FloatingPointError: a score is not a number (an overflow in half precision).
         """
         pairs = list(zip(candidates, references, strict=True))
-        found = {pair: self._known[pair] for pair in dict.fromkeys(pairs) if pair in self._known}
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in found]
+        scored = {pair: self._known[pair] for pair in dict.fromkeys(pairs) if pair in self._known}
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in scored]
         if new:
             scores = self._score_new(new)
             if not all(map(math.isfinite, scores)):
                 raise FloatingPointError(f"{type(self).__name__} gives scores that are not finite; use float32")
-            found.update(zip(new, scores, strict=True))
-        self._known.update(found)
-        return [found[pair] for pair in pairs]
+            scored.update(zip(new, scores, strict=True))
+        self._known.update(scored)
+        return [scored[pair] for pair in pairs]
 
     def _hold(self, model: "torch.nn.Module") -> None:
         """Put the network where it runs."""

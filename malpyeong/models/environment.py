@@ -78,11 +78,11 @@ def version_problems(package: str, missing: bool = True) -> Iterator[str]:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        found = version(requirement.name)
+        installed = version(requirement.name)
         wanted = f"{requirement.name}{requirement.specifier}"
-        if found is None:
+        if installed is None:
             if not missing:
                 continue
             yield f'{requirement.name} is not installed; {package} needs {wanted}: pip install "{wanted}"'
-        elif not requirement.specifier.contains(found.partition("+")[0], prereleases=True):
-            yield f'{requirement.name} is {found}; {package} needs {wanted}: pip install "{wanted}"'
+        elif not requirement.specifier.contains(installed.partition("+")[0], prereleases=True):
+            yield f'{requirement.name} is {installed}; {package} needs {wanted}: pip install "{wanted}"'

@@ -475,9 +475,9 @@ def main(recipe_file: Path, models: Sequence[Path]) -> None:
             recipe = read_recipe(recipe_file, [str(path), f"gpu={gpu}"])
             if not isinstance(recipe, SFTRecipe | GRPORecipe) or recipe.model.name not in SHAPES:
                 raise InputError(f"{path}: its memory on a card is not known; use malpyeong.doctor")
-            found = [estimate_recipe(recipe, SHAPES[recipe.model.name], backend) for backend in BACKENDS]
-            mark = "" if all(one.fits(gib) for one in found) else " !"
-            cells.append(" / ".join(f"{one.peak / GIB:.1f}" for one in found) + mark)
+            estimates = [estimate_recipe(recipe, SHAPES[recipe.model.name], backend) for backend in BACKENDS]
+            mark = "" if all(one.fits(gib) for one in estimates) else " !"
+            cells.append(" / ".join(f"{one.peak / GIB:.1f}" for one in estimates) + mark)
         click.echo(f"| {' | '.join(cells)} |")
 
 

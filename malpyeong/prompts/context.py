@@ -56,20 +56,20 @@ def load_contexts(path: str | Path, records: Sequence[Record], choose: bool = Fa
             examples.
     """
     path = Path(path)
-    found: dict[tuple[str, str], Context] = {}
+    by_key: dict[tuple[str, str], Context] = {}
     for place, line in json_lines(path, read_text(path, EXPECTED)):
         key, context = _context(f"{path}: {place}", line)
-        if key in found:
+        if key in by_key:
             raise InputError(f'{path}: {place}: id "{printable(key[0], 40)}" has a line already; keep one of them')
-        found[key] = context
-    missing = [record.id for record in records if (record.id, record.question) not in found]
+        by_key[key] = context
+    missing = [record.id for record in records if (record.id, record.question) not in by_key]
     if missing:
         raise InputError(
             f"{path}: {len(missing)} of {len(records)} questions have no line (the first: id "
             f'"{printable(missing[0], 40)}"); remove it and make it again with python -m malpyeong.retrieval search '
             "from every question file that is used"
         )
-    contexts = [found[record.id, record.question] for record in records]
+    contexts = [by_key[record.id, record.question] for record in records]
     for record, context in zip(records, contexts, strict=True):
         # A question without an answer may have a solved twin: nothing of its own can leak.
         if record.answer is not None and any(_same_question(record.question, one) for one in context.examples):
@@ -94,12 +94,12 @@ def write_contexts(
 ) -> None:
     """Write a line for each record, from (score, rule) and (score, solved question) pairs; whole or not at all."""
     lines = []
-    for record, its_rules, its_examples in zip(records, rules, examples, strict=True):
+    for record, ranked_rules, ranked_examples in zip(records, rules, examples, strict=True):
         line = {
             "id": record.id,
             "question": record.question,
-            "rules": [{"score": score, "rule": rule.to_json()} for score, rule in its_rules],
-            "examples": [{"score": score, "record": example.to_json()} for score, example in its_examples],
+            "rules": [{"score": score, "rule": rule.to_json()} for score, rule in ranked_rules],
+            "examples": [{"score": score, "record": example.to_json()} for score, example in ranked_examples],
         }
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))

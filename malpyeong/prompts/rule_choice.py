@@ -95,8 +95,8 @@ def split_choice(text: str) -> tuple[str | None, str]:
     Returns:
         (name, answer): the rule's id or :data:`NONE`, or None where there is no tag.
     """
-    found = _TAG.match(text)
-    return (found[1], text[found.end() :]) if found else (None, text)
+    named = _TAG.match(text)
+    return (named[1], text[named.end() :]) if named else (None, text)
 
 
 def best_choice(ids: Sequence[str], gains: Sequence[float]) -> str:

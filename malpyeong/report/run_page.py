@@ -147,7 +147,7 @@ def _read_samples(path: Path, weights: Mapping[str, float], num_generations: int
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
-    found = []
+    samples = []
     for file in _evenly_spaced(sorted((path / "completions").glob("completions_*.parquet")), MAX_SAMPLED_STEPS):
         try:
             rows = read_table(file).to_pylist()
@@ -158,8 +158,8 @@ def _read_samples(path: Path, weights: Mapping[str, float], num_generations: int
             for start in range(0, len(rows), num_generations)
         ]
         if groups:
-            found.append(max(groups, key=_spread))
-    return found
+            samples.append(max(groups, key=_spread))
+    return samples
 
 
 def _evenly_spaced(files: Sequence[Path], count: int) -> list[Path]:

@@ -61,15 +61,15 @@ def differences(first: str, second: str, shortest: int = 1) -> tuple[list[Piece]
 
 
 def _pieces(text: str, regions: list[tuple[int, int]]) -> list[Piece]:
-    found, done = [], 0
+    pieces, done = [], 0
     for start, end in regions:
         if start > done:
-            found.append(Piece(text[done:start], differs=False))
-        found.append(Piece(text[start:end], differs=True))
+            pieces.append(Piece(text[done:start], differs=False))
+        pieces.append(Piece(text[start:end], differs=True))
         done = end
     if done < len(text):
-        found.append(Piece(text[done:], differs=False))
-    return found
+        pieces.append(Piece(text[done:], differs=False))
+    return pieces
 
 
 def visible(text: str, spaces: bool = False) -> Markup:
@@ -82,5 +82,5 @@ def visible(text: str, spaces: bool = False) -> Markup:
     html = str(escape(text))
     if spaces:
         html = html.replace(" ", '<i class="space"> </i>')
-    html = _INVISIBLE.sub(lambda found: f'<b class="code">U+{ord(found[0]):04X}</b>', html)
+    html = _INVISIBLE.sub(lambda character: f'<b class="code">U+{ord(character[0]):04X}</b>', html)
     return Markup(html)

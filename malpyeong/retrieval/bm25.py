@@ -58,8 +58,8 @@ class Index:
         for term, weight in query.items():
             if term in self._postings:
                 places, counts = self._postings[term]
-                found = len(places) - sum(term in self._bags[place] for place in gone)
-                idf = math.log(1 + (size - found + 0.5) / (found + 0.5))
+                frequency = len(places) - sum(term in self._bags[place] for place in gone)
+                idf = math.log(1 + (size - frequency + 0.5) / (frequency + 0.5))
                 scores[places] += weight * idf * counts / (counts + norms[places])
         scores[gone] = 0
         return scores
@@ -120,7 +120,7 @@ class EditBM25:
         words = self._words.scores(queries, left_out)
         changed = _of_all(self._changed, [Counter(query.edit.changed) for query in queries], left_out)
         around = _of_all(self._around, [Counter(query.edit.around) for query in queries], left_out)
-        types = np.array([[query.question_type == its for its in self._types] for query in queries], dtype=np.float64)
+        types = np.array([[query.question_type == kind for kind in self._types] for query in queries], dtype=np.float64)
         scores = np.where(np.isfinite(words), words, 0) + CHANGED_WEIGHT * changed + AROUND_WEIGHT * around
         return np.where(scores > 0, scores + SAME_TYPE * types, -np.inf)
 
@@ -139,11 +139,11 @@ def _of_all(
 @lru_cache(maxsize=65_536)
 def terms(text: str, bigrams: bool) -> tuple[str, ...]:
     """Return the morphemes of a text (Kiwi) and, if asked for, its pairs of characters; a space is written ``_``."""
-    found = [token.form for token in _kiwi().tokenize(text)]
+    tokens = [token.form for token in _kiwi().tokenize(text)]
     if bigrams:
         spaced = f"_{'_'.join(text.split())}_"
-        found += [spaced[place : place + 2] for place in range(len(spaced) - 1)]
-    return tuple(found)
+        tokens += [spaced[place : place + 2] for place in range(len(spaced) - 1)]
+    return tuple(tokens)
 
 
 @cache

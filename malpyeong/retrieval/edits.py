@@ -68,14 +68,14 @@ def edit_between(sentences: Sequence[str]) -> Edit:
 
 def letters(text: str) -> list[str]:
     """Return a text's letters: Hangul syllables as compatibility jamo, white space as one :data:`SPACE`."""
-    found: list[str] = []
+    jamo: list[str] = []
     for character in " ".join(text.split()):
         if "가" <= character <= "힣":
             number = ord(character) - ord("가")
-            found += [_INITIALS[number // 588], _VOWELS[number // 28 % 21], *_FINALS[number % 28].strip()]
+            jamo += [_INITIALS[number // 588], _VOWELS[number // 28 % 21], *_FINALS[number % 28].strip()]
         else:
-            found.append(SPACE if character == " " else character)
-    return found
+            jamo.append(SPACE if character == " " else character)
+    return jamo
 
 
 def _changes(one: list[str], other: list[str]) -> list[tuple[int, int, int, int]]:

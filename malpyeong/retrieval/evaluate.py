@@ -72,8 +72,7 @@ def evaluate_rules(
     for name, retriever in methods.items():
         ranks = []
         for record, hits in zip(records, retriever.search_all(records, size), strict=True):
-            found = [rank for rank, hit in enumerate(hits, 1) if hit.id == labels[record.id]]
-            ranks.append(found[0] if found else np.inf)
+            ranks.append(next((rank for rank, hit in enumerate(hits, 1) if hit.id == labels[record.id]), np.inf))
         table[name] = rank_measures(np.array(ranks, dtype=np.float64))
     return {**table, "oracle": rank_measures(np.ones(len(records)))}
 
@@ -189,16 +188,16 @@ def rule_methods(
     ``examples`` are given, the votes of neighbours, alone and with BM25 (and the dense model)."""
     documents = rule_documents(rules)
     weighted = BM25(documents)
-    found: dict[str, Finder] = {
+    methods: dict[str, Finder] = {
         "BM25, morphemes": Retriever(documents, [BM25(documents, bigrams=False, focus_weight=0)]),
         "BM25, + character pairs": Retriever(documents, [BM25(documents, focus_weight=0)]),
         "BM25, + weighted words": Retriever(documents, [weighted]),
     }
-    texts = _with_models(found, documents, weighted, dense, reranker)
+    texts = _with_models(methods, documents, weighted, dense, reranker)
     if any(labels):
-        found["neighbours' labels"] = Neighbours(examples, labels, rules, None)
-        found["neighbours' labels and texts"] = Neighbours(examples, labels, rules, texts)
-    return found
+        methods["neighbours' labels"] = Neighbours(examples, labels, rules, None)
+        methods["neighbours' labels and texts"] = Neighbours(examples, labels, rules, texts)
+    return methods
 
 
 def example_methods(
@@ -212,30 +211,30 @@ def example_methods(
         if document.record is not None
     ]
     edits = EditBM25(documents)
-    found = {
+    methods = {
         "questions and reasons": Retriever(documents, [BM25(with_reasons)]),
         "questions": Retriever(documents, [BM25(documents)]),
         "questions and edits": Retriever(documents, [edits]),
     }
-    _with_models(found, documents, edits, dense, reranker)
-    return found
+    _with_models(methods, documents, edits, dense, reranker)
+    return methods
 
 
 def _with_models(
-    found: "dict[str, Finder] | dict[str, Retriever]",
+    methods: "dict[str, Finder] | dict[str, Retriever]",
     documents: Sequence[Document],
     scorer: Scorer,
     dense: Scorer | None,
     reranker: "Reranker | None",
 ) -> Retriever:
-    """Add the rows of the given models to ``found``; return the retriever without the reranker."""
+    """Add the rows of the given models to ``methods``; return the retriever without the reranker."""
     scorers = [scorer]
     if dense is not None:
         scorers.append(dense)
-        found["dense"] = Retriever(documents, [dense])
-        found["BM25 and dense, fused"] = Retriever(documents, scorers)
+        methods["dense"] = Retriever(documents, [dense])
+        methods["BM25 and dense, fused"] = Retriever(documents, scorers)
     if reranker is not None:
-        found["reranked"] = Retriever(documents, scorers, reranker)
+        methods["reranked"] = Retriever(documents, scorers, reranker)
     return Retriever(documents, scorers)
 
 
@@ -254,11 +253,11 @@ def rouge_matrix(references: Sequence[str], candidates: Sequence[str]) -> "NDArr
 
     def used(text: str) -> list[int]:
         seen: Counter[str] = Counter()
-        found = []
+        positions = []
         for morpheme in tokenizer.tokenize(text):
             seen[morpheme] += 1
-            found.append(places.setdefault((morpheme, seen[morpheme]), len(places)))
-        return found
+            positions.append(places.setdefault((morpheme, seen[morpheme]), len(places)))
+        return positions
 
     sides = [[used(text) for text in side] for side in (references, candidates)]
     matrices = []

@@ -83,10 +83,10 @@ class Reranker:
         """Return the score of each (query, text of a document)."""
         import numpy as np
 
-        found = self._model.predict(
+        predicted = self._model.predict(
             [(query_text(query), text) for query, text in pairs], show_progress_bar=len(pairs) > _LONG
         )
-        scores: NDArray[np.float32] = np.round(found, _DECIMALS).astype(np.float32)
+        scores: NDArray[np.float32] = np.round(predicted, _DECIMALS).astype(np.float32)
         return scores
 
 

@@ -176,16 +176,16 @@ class Retriever:
         queries = [read_query(record) for record in records]
         withheld = [self.withheld_from(record) for record in records]
         twins = [self._about(query.sentences) - gone for query, gone in zip(queries, withheld, strict=True)]
-        found: list[list[Hit]] = []
+        ranked: list[list[Hit]] = []
         for scores, first in zip(self.scores(queries, withheld), twins, strict=True):
             others = np.ones(len(scores), dtype=bool)
             others[list(first)] = False
             best = np.lexsort((-scores, others))
             best = best[np.isfinite(scores[best])][: k if self._reranker is None else max(k, RERANKED)]
-            found.append([Hit(self._documents[place].id, int(place), round(float(scores[place]), 6)) for place in best])
+            ranked.append([Hit(self._documents[row].id, int(row), round(float(scores[row]), 6)) for row in best])
         if self._reranker is not None:
-            found = self._reranked(self._reranker, queries, found, twins)
-        return [hits[:k] for hits in found]
+            ranked = self._reranked(self._reranker, queries, ranked, twins)
+        return [hits[:k] for hits in ranked]
 
     def scores(
         self, queries: Sequence[Query], left_out: Sequence[Collection[int]] | None = None
@@ -225,17 +225,17 @@ class Retriever:
         self,
         reranker: "PairScorer",
         queries: Sequence[Query],
-        found: Sequence[Sequence[Hit]],
+        ranked: Sequence[Sequence[Hit]],
         twins: Sequence[Collection[int]],
     ) -> list[list[Hit]]:
         pairs = [
             (query, self._documents[hit.position].text)
-            for query, hits in zip(queries, found, strict=True)
+            for query, hits in zip(queries, ranked, strict=True)
             for hit in hits[:RERANKED]
         ]
         scores = iter(reranker.scores(pairs) if pairs else ())
         ordered = []
-        for hits, first in zip(found, twins, strict=True):
+        for hits, first in zip(ranked, twins, strict=True):
             scored = [Hit(hit.id, hit.position, float(next(scores))) for hit in hits[:RERANKED]]
             scored.sort(key=lambda hit: (hit.position not in first, -hit.score))
             ordered.append(scored + list(hits[RERANKED:]))

@@ -91,21 +91,21 @@ def check_arguments(arguments: object, expected: Mapping[str, Any]) -> None:
     Raises:
         InputError: one that decides what is learnt has changed; all such arguments are named, with both values.
     """
-    found = {name: getattr(arguments, name, None) for name in expected}
-    if "max_seq_length" in found:  # Unsloth's own: None stands for max_length
-        found["max_seq_length"] = found["max_seq_length"] or found["max_length"]
+    actual = {name: getattr(arguments, name, None) for name in expected}
+    if "max_seq_length" in actual:  # Unsloth's own: None stands for max_length
+        actual["max_seq_length"] = actual["max_seq_length"] or actual["max_length"]
         expected = {**expected, "max_seq_length": expected["max_seq_length"] or expected["max_length"]}
-    changed = [name for name in expected if not _same(meaning(name, found[name]), meaning(name, expected[name]))]
-    cost = [f"{name}={found[name]!r} ({expected[name]!r})" for name in changed if name in COST]
+    changed = [name for name in expected if not _same(meaning(name, actual[name]), meaning(name, expected[name]))]
+    cost = [f"{name}={actual[name]!r} ({expected[name]!r})" for name in changed if name in COST]
     if cost:
         click.echo(f"for memory or speed alone, the trainer sets what the recipe does not: {', '.join(cost)}")
     if any(name in changed for name in _DTYPE):
-        wanted, forced = _dtype(expected), _dtype(found)
+        wanted, forced = _dtype(expected), _dtype(actual)
         raise InputError(
             f"model.dtype: the recipe says {wanted}, but the trainer cannot train this model so here and would compute "
             f"in {forced}; set model.dtype={forced}, or model.backend=hf"
         )
-    learning = [f"{name} is {found[name]!r}, not {expected[name]!r}" for name in changed if name not in COST]
+    learning = [f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in changed if name not in COST]
     if learning:
         cure = "install the versions that pyproject.toml names (make setup)"
         if type(arguments).__name__.startswith("Unsloth"):
@@ -127,10 +127,10 @@ def meaning(name: str, value: Any) -> Any:  # noqa: ANN401 -- any argument's val
     return value
 
 
-def _same(found: Any, stated: Any) -> bool:  # noqa: ANN401 -- any argument's value
-    if isinstance(stated, float) and isinstance(found, (int, float)):
-        return math.isclose(found, stated, rel_tol=1e-9)
-    return bool(found == stated)
+def _same(actual: Any, stated: Any) -> bool:  # noqa: ANN401 -- any argument's value
+    if isinstance(stated, float) and isinstance(actual, (int, float)):
+        return math.isclose(actual, stated, rel_tol=1e-9)
+    return bool(actual == stated)
 
 
 def _dtype(arguments: Mapping[str, Any]) -> str:

@@ -123,10 +123,10 @@ def perplexities(model: Any, prefix: Cache, rows: Sequence[Row], pad: int) -> li
     targets = torch.tensor([token for row in rows for token in row.answer], device=hidden.device)
     losses = token_losses(lm.get_output_embeddings(), hidden, targets)
     means = [part.double().mean() for part in torch.split(losses.cpu(), [len(row.answer) for row in rows])]
-    found = [math.exp(float(mean)) for mean in means]
-    if not all(map(math.isfinite, found)):
+    ppl = [math.exp(float(mean)) for mean in means]
+    if not all(map(math.isfinite, ppl)):
         raise InputError("the model's perplexity is not a number; set model.dtype=bfloat16 or float32")
-    return found
+    return ppl
 
 
 def token_losses(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 -- a module
@@ -139,7 +139,7 @@ def token_losses(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torc
     if type(head) is not torch.nn.Linear:  # LoRA or quantised: its weights are not simply there
         step = max(1, MAX_LOGITS["cuda"] // head(hidden[:1]).shape[-1])  # few pieces: each reads all its weights
         pieces = zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
-        return torch.cat([cross_entropy(head(some).float(), its, reduction="none") for some, its in pieces])
+        return torch.cat([cross_entropy(head(some).float(), wanted, reduction="none") for some, wanted in pieces])
     step = max(1, MAX_LOGITS.get(hidden.device.type, MAX_LOGITS["cpu"]) // len(hidden))
     # The lowest number, not -inf: a piece may be masked as a whole, and the difference of two -inf is no number.
     highest = torch.full((len(hidden),), torch.finfo(torch.float32).min, device=hidden.device)

@@ -139,8 +139,8 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    found = [Finding("warning", line) for line in version_problems("malpyeong")]
-    yield from found or [Finding("ok", "package versions are those that were tested together")]
+    problems = [Finding("warning", line) for line in version_problems("malpyeong")]
+    yield from problems or [Finding("ok", "package versions are those that were tested together")]
 
 
 def _card(recipe: AnyRecipe) -> Iterator[Finding]:
@@ -228,18 +228,18 @@ def _memory(recipe: AnyRecipe, shape: ModelShape | None, backend: Backend) -> It
     limit = USABLE_GIB[recipe.gpu] if recipe.gpu else None
     if torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory / GIB
-    found = estimate_recipe(recipe, shape, backend, limit)
-    text = f"estimated peak {found.peak / GIB:.1f} GiB with backend {backend} ({found.table()})"
+    estimated = estimate_recipe(recipe, shape, backend, limit)
+    text = f"estimated peak {estimated.peak / GIB:.1f} GiB with backend {backend} ({estimated.table()})"
     if limit is None:
         yield Finding("ok", text)
         return
     if isinstance(recipe, GRPORecipe):
         yield from _sampling(recipe, shape, backend, limit)
-    if found.fits(limit):
+    if estimated.fits(limit):
         yield Finding("ok", f"{text}, of {limit:.1f}")
         return
     yield Finding(
-        "error" if found.peak > limit * GIB else "warning",
+        "error" if estimated.peak > limit * GIB else "warning",
         f"{text}, of {limit:.1f} less {RESERVE:.0%} to spare",
         lever_text(recipe, shape, backend, limit),
     )
@@ -351,31 +351,31 @@ def examine_tokenizer(
 
     prompt, bare = render(), render(header=False)
     eos, end = str(tokenizer.eos_token), tokenizer.eos_token_id
-    found = []
+    problems = []
     if prompt == bare:
-        found.append(
+        problems.append(
             Finding("error", "the chat template does not open the assistant's turn", "use the instruct version")
         )
     if any(message["content"] not in prompt for message in messages):
-        found.append(
+        problems.append(
             Finding("error", "the chat template drops the instruction or the question", "use another model's template")
         )
     if prompt.rfind("<think>") > prompt.rfind("</think>"):
-        found.append(
+        problems.append(
             Finding(
                 "error", "the prompt ends in an open <think>: answers would begin with thoughts", "mend the template"
             )
         )
     # As on two days: the template asks for the date by this function.
     if render(strftime_now=lambda _: "1999") != render(strftime_now=lambda _: "2001"):
-        found.append(
+        problems.append(
             Finding("error", "the chat template writes today's date into the prompt", "set a fixed one in the template")
         )
     answer = record.answer or SAMPLES[0]
     after = render([{"role": "assistant", "content": answer}], header=False).rpartition(answer)[2].lstrip()
     if after and not after.startswith(eos):
         ends = next((token for token in tokenizer.all_special_tokens if after.startswith(token)), after[:20])
-        found.append(
+        problems.append(
             Finding(
                 "warning",
                 f"the chat template ends an answer with {ends!r}, here answers end with {eos!r}",
@@ -383,10 +383,10 @@ def examine_tokenizer(
             )
         )
     if completion_ids(tokenizer, answer)[-1] != end or tokenizer.pad_token_id == end:
-        found.append(
+        problems.append(
             Finding("error", "answers do not end with eos, or pad is eos", "state model.eos_token and pad_token")
         )
-    yield from found or [
+    yield from problems or [
         Finding("ok", f"prompts open the assistant's turn, without thinking or today's date; answers end with {eos!r}")
     ]
     texts = [*SAMPLES, *(one.answer or "" for one in records[:100])]
@@ -462,7 +462,7 @@ def _context(contexts: Sequence[Context], prompts: Sequence["Prompt"], limit: in
     from malpyeong.prompts.messages import left_out
 
     rules, examples = (sum(len(getattr(one, kind)) for one in contexts) for kind in ("rules", "examples"))
-    found = (
+    shown = (
         f"prompts with {counted(rules, 'rule')} and {counted(examples, 'solved example')} for "
         f"{counted(len(contexts), 'question')}"
     )
@@ -470,9 +470,9 @@ def _context(contexts: Sequence[Context], prompts: Sequence["Prompt"], limit: in
     bare = sum(bool(context) and not prompt.context for context, prompt in zip(contexts, prompts, strict=True))
     if bare:
         cure = "raise model.max_length, or search again with fewer (--rules-k, --examples-k)"
-        yield Finding("warning", f"{found}; {dropped}; {bare} questions keep none of theirs", cure)
+        yield Finding("warning", f"{shown}; {dropped}; {bare} questions keep none of theirs", cure)
     else:
-        yield Finding("ok", f"{found}; {dropped or 'all of them fit'}")
+        yield Finding("ok", f"{shown}; {dropped or 'all of them fit'}")
 
 
 def _share(share: Callable[..., str], *questions: Sequence[object]) -> Iterator[Finding]:

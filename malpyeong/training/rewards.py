@@ -257,15 +257,15 @@ class RewardRun:
         return quiet
 
     def _statistics(self) -> dict[str, float]:
-        found = {}
+        figures = {}
         for name, rewards in self._step.items():
             known = [[value for value in group if value is not None] for group in self._groups(rewards)]
             if deviations := [statistics.stdev(group) for group in known if len(group) > 1]:
-                found[f"group_std/{name}"] = statistics.fmean(deviations)
+                figures[f"group_std/{name}"] = statistics.fmean(deviations)
         quiet = [self._without_noise(self._step[name]) for name, weight in self._weights.items() if weight]
         dead = [
             all(len({value for value in group if value is not None}) <= 1 for group in groups)
             for groups in zip(*map(self._groups, quiet), strict=True)
         ]
-        found["dead_groups"] = statistics.fmean(dead)
-        return found
+        figures["dead_groups"] = statistics.fmean(dead)
+        return figures

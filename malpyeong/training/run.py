@@ -199,7 +199,7 @@ def start_run(output: Path, recipe: Block, inputs: Inputs) -> None:
     Of a run that is resumed the versions stay; the adapter of one that had ended and is trained further moves to
     ``adapter-STEPS``.
     """
-    environment = {"versions": _versions(), "git": _git_revision(), "sha256": dict(inputs)}
+    environment = {"versions": _versions(), "git": git_revision(), "sha256": dict(inputs)}
     config = output / "config.yaml"
     if config.exists():
         environment = {**_environment(output), "sha256": environment["sha256"]}
@@ -387,7 +387,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """Return the revision of the clone that this package is in, or None where there is none."""
     try:
         result = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
