@@ -1,8 +1,7 @@
 """Score a prediction file against a gold file: ``python -m malpyeong.evaluate GOLD PRED``."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.box import SIMPLE
@@ -18,9 +17,6 @@ from malpyeong.metrics.inputs import load_answers, load_categories, scoring_opti
 from malpyeong.metrics.scorers import load_scorers
 from malpyeong.terminal import Command, json_text
 
-if TYPE_CHECKING:
-    from malpyeong.metrics.pairs import PairScorer
-
 _COLUMNS = {
     "exact_match": "EM",
     "rouge_1": "ROUGE-1",
@@ -34,18 +30,13 @@ _COLUMNS = {
 _NARROW = {"ROUGE-1": "ROUGE\n-1", "BERTScore": "BERT\nScore", "descriptive": "descr.", "no reason": "no\nreason"}
 
 
-def evaluate(
-    gold: Path,
-    prediction: Path,
-    metrics: Sequence[str] = ("em", "rouge1"),
-    scorers: Mapping[str, "PairScorer"] | None = None,
-) -> list[RecordScore]:
-    """Load two files, check that they hold the same questions, and score every record.
+def evaluate(gold: Path, prediction: Path) -> list[RecordScore]:
+    """Load two files, check that they hold the same questions, and score every record by EM and ROUGE-1.
 
     Raises:
         InputError: a file is defective or the ids or their order differ.
     """
-    return score_records(*load_answers(gold, prediction), metrics, scorers)
+    return score_records(*load_answers(gold, prediction))
 
 
 def _print_ceiling(context: click.Context, _: click.Parameter, gold: Path | None) -> None:

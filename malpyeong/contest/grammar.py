@@ -1,10 +1,7 @@
 """The answer format as a grammar for constrained decoding, in llguidance's dialect of Lark (& and ~ on terminals)."""
 
-import json
-from collections.abc import Sequence
 
-
-def answer_grammar(verdicts: Sequence[str] = ()) -> str:
+def answer_grammar() -> str:
     """Return the grammar of a whole answer.
 
     What it lets through has no :class:`malpyeong.contest.answer.FormatProblem`, but for what such a grammar cannot say:
@@ -14,25 +11,13 @@ def answer_grammar(verdicts: Sequence[str] = ()) -> str:
 
     Well-formed answers that it does not let through have doubled spaces or none behind the verdict, control or
     direction characters, or a reason that has no syllable, begins with a mark or has a space before its last one.
-
-    Args:
-        verdicts: ``"문장"가 옳다.`` of the sentences to choose among; any sentence if empty.
     """
-    if not verdicts:
-        return f"start: verdict_ga REASON | verdict_i REASON_I\n{_TERMINALS}"
-    alternatives = " | ".join(
-        f"{json.dumps(verdict, ensure_ascii=False)} {_reason_after(verdict)}" for verdict in verdicts
-    )
-    return f"start: {alternatives}\n{_TERMINALS}"
+    return f"start: verdict_ga REASON | verdict_i REASON_I\n{_TERMINALS}"
 
 
 def reason_grammar(verdict: str) -> str:
     """Return the grammar (see :func:`answer_grammar`) of what follows a ``verdict``: a space and a reason."""
-    return f"start: {_reason_after(verdict)}\n{_TERMINALS}"
-
-
-def _reason_after(verdict: str) -> str:
-    return "REASON_I" if verdict.endswith("이 옳다.") else "REASON"
+    return f"start: {'REASON_I' if verdict.endswith('이 옳다.') else 'REASON'}\n{_TERMINALS}"
 
 
 # Few terminals with few, flat conditions each: the costliest step of these takes half of the library's default limit

@@ -127,24 +127,21 @@ def summarise(
     return summary
 
 
-def confidence(scores: Sequence[RecordScore], metrics: Sequence[str], seed: int = 0) -> dict[str, list[float]]:
+def confidence(scores: Sequence[RecordScore], metrics: Sequence[str]) -> dict[str, list[float]]:
     """Return the 95 % interval of every average (see :mod:`malpyeong.metrics.bootstrap`)."""
     return {
         name: [round(bound, 6) for bound in interval(column)]
-        for name, column in _resampled([_matrix(scores, metrics)], metrics, seed)[0].items()
+        for name, column in _resampled([_matrix(scores, metrics)], metrics)[0].items()
     }
 
 
-def compare(
-    scores: Sequence[RecordScore], others: Sequence[RecordScore], metrics: Sequence[str], seed: int = 0
-) -> dict[str, Any]:
+def compare(scores: Sequence[RecordScore], others: Sequence[RecordScore], metrics: Sequence[str]) -> dict[str, Any]:
     """Compare two predictions of the same records by the paired bootstrap (Koehn 2004).
 
     Args:
         scores: of one prediction.
         others: of the other; positive differences are in favour of the first.
         metrics: those that were computed.
-        seed: of the resampling.
 
     Returns:
         ``difference``: for every average its value, its 95 % interval and ``p``, the share of resamples in which the
@@ -153,7 +150,7 @@ def compare(
     """
     import numpy as np
 
-    first, second = _resampled([_matrix(scores, metrics), _matrix(others, metrics)], metrics, seed)
+    first, second = _resampled([_matrix(scores, metrics), _matrix(others, metrics)], metrics)
     averages, other_averages = _averages(scores, metrics), _averages(others, metrics)
     difference = {
         name: {
@@ -209,14 +206,14 @@ def _matrix(scores: Sequence[RecordScore], metrics: Sequence[str]) -> "NDArray[n
 
 
 def _resampled(
-    matrices: Sequence["NDArray[np.float64]"], metrics: Sequence[str], seed: int
+    matrices: Sequence["NDArray[np.float64]"], metrics: Sequence[str]
 ) -> list[dict[str, "NDArray[np.float64]"]]:
     """Return for each matrix every average over the same resamples of the records."""
     import numpy as np
 
     keys = [key for metric, key in METRICS.items() if metric in metrics]
     resampled = []
-    for means in np.hsplit(resampled_means(np.hstack(matrices), seed), len(matrices)):
+    for means in np.hsplit(resampled_means(np.hstack(matrices)), len(matrices)):
         columns = dict(zip(keys, means.T, strict=True))
         resampled.append({**columns, **final_scores(columns)} if len(keys) == len(METRICS) else columns)
     return resampled

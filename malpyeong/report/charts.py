@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 Points = tuple[Sequence[int], Sequence[float]]
 """Steps, ascending, and a value at each."""
@@ -111,10 +112,9 @@ def chart(
     )
 
 
-def moving_average(values: Sequence[float], window: int = 10) -> list[float]:
-    """Return the mean of each value and up to ``window - 1`` before it."""
-    starts = (max(0, place - window + 1) for place in range(len(values)))
-    return [math.fsum(values[start : place + 1]) / (place + 1 - start) for place, start in enumerate(starts)]
+def moving_average(values: Sequence[float]) -> list[float]:
+    """Return the mean of each value and up to nine before it."""
+    return [fmean(values[max(0, end - 10) : end]) for end in range(1, len(values) + 1)]
 
 
 def number(value: float | None) -> str:

@@ -25,17 +25,16 @@ class Dense:
     Args:
         documents: what is searched.
         model: folder or hub id of a sentence-transformers model; its prompts for queries and documents are used.
-        device: ``cpu``, ``cuda``, or None for what there is.
 
     Raises:
         InputError: there is no such model here and it cannot be downloaded.
     """
 
-    def __init__(self, documents: Sequence["Document"], model: str, device: str | None = None) -> None:
+    def __init__(self, documents: Sequence["Document"], model: str) -> None:
         needs("sentence_transformers", "retrieval")
         from sentence_transformers import SentenceTransformer
 
-        self._model = _load(model, lambda: SentenceTransformer(model, device=device))
+        self._model = _load(model, lambda: SentenceTransformer(model))
         self._documents = self._model.encode_document(
             [
                 "\n".join((*document.focus, document.text)) if document.focus else document.text
@@ -65,17 +64,16 @@ class Reranker:
 
     Args:
         model: folder or hub id of a sentence-transformers cross-encoder with one output.
-        device: ``cpu``, ``cuda``, or None for what there is.
 
     Raises:
         InputError: there is no such model here and it cannot be downloaded.
     """
 
-    def __init__(self, model: str, device: str | None = None) -> None:
+    def __init__(self, model: str) -> None:
         needs("sentence_transformers", "retrieval")
         from sentence_transformers import CrossEncoder
 
-        self._model = _load(model, lambda: CrossEncoder(model, device=device))
+        self._model = _load(model, lambda: CrossEncoder(model))
         if self._model.num_labels != 1:
             raise InputError(f"{model}: gives {self._model.num_labels} scores a pair; a reranker gives one")
 

@@ -110,7 +110,6 @@ def test_the_grammar_takes_every_gold_answer(name, request):
     for record in GOLD[:40]:
         offered = verdicts(record)
         if offered:
-            assert accepts(loaded, matcher(loaded, answer_grammar(offered)), record.answer)
             verdict = next(it for it in offered if record.answer.startswith(it))
             assert accepts(loaded, matcher(loaded, reason_grammar(verdict)), record.answer.removeprefix(verdict))
 
