@@ -97,16 +97,13 @@ def main(
     # Defects of the files first: models take long to load.
     golds, answers = load_answers(gold, prediction)
     others = load_answers(gold, against)[1] if against else []
-    scorers, missing = load_scorers(metrics, bertscore_model, bleurt_model, device)
-    for metric, message in missing.items():
-        click.echo(f"{metric} is left out. {message}", err=True)
-    metrics = tuple(metric for metric in metrics if metric not in missing)
-    scores = score_records(golds, answers, metrics, scorers)
-    summary = summarise(scores, metrics, categories)
-    summary["confidence_95"] = confidence(scores, metrics)
-    summary["left_out"] = sorted(missing)
+    computed, scorers = load_scorers(metrics, bertscore_model, bleurt_model, device)
+    scores = score_records(golds, answers, computed, scorers)
+    summary = summarise(scores, computed, categories)
+    summary["confidence_95"] = confidence(scores, computed)
+    summary["left_out"] = missing = sorted({*metrics} - {*computed})
     if against:
-        summary["comparison"] = compare(scores, score_records(golds, others, metrics, scorers), metrics)
+        summary["comparison"] = compare(scores, score_records(golds, others, computed, scorers), computed)
     if as_json:
         click.echo(json_text(summary))
         return

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import click
+
 if TYPE_CHECKING:
     from malpyeong.metrics.pairs import PairScorer
 
@@ -31,11 +33,11 @@ def load_scorer(metric: str, model: str | None = None, device: str = "auto", dty
 
 def load_scorers(
     metrics: Sequence[str], bertscore: str | None, bleurt: str | None, device: str
-) -> tuple[dict[str, "PairScorer"], dict[str, str]]:
-    """Load the models of those among ``metrics`` that need one.
+) -> tuple[tuple[str, ...], dict[str, "PairScorer"]]:
+    """Load the models of those among ``metrics`` that need one, and say which is not on this machine.
 
     Returns:
-        (scorers, missing): the loaded ones, and for each that is not on this machine what to do about it.
+        (metrics, scorers): without those whose model is missing, and the loaded ones.
 
     Raises:
         InputError: ROUGE-1 is among them, and its dictionary is not there.
@@ -46,11 +48,12 @@ def load_scorers(
     if "rouge1" in metrics:
         load_dictionary()
     scorers: dict[str, PairScorer] = {}
-    missing = {}
+    missing = []
     for metric, model in (("bertscore", bertscore), ("bleurt", bleurt)):
         if metric in metrics:
             try:
                 scorers[metric] = load_scorer(metric, model, device)
             except MissingModelError as error:
-                missing[metric] = error.message
-    return scorers, missing
+                missing.append(metric)
+                click.echo(f"{metric} is left out. {error.message}", err=True)
+    return tuple(metric for metric in metrics if metric not in missing), scorers

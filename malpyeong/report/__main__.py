@@ -40,14 +40,9 @@ def errors(
     _check_output(output, gold, prediction, labels)
     categories = load_categories(labels) if labels else None
     golds, answers = load_answers(gold, prediction)
-    scorers, missing = load_scorers(metrics, bertscore_model, bleurt_model, device)
-    for metric, message in missing.items():
-        click.echo(f"{metric} is left out. {message}", err=True)
-    metrics = tuple(metric for metric in metrics if metric not in missing)
-    scores = score_records(golds, answers, metrics, scorers)
-    page = error_page(
-        scores, metrics, gold=gold, prediction=prediction, categories=categories, left_out=sorted(missing)
-    )
+    computed, scorers = load_scorers(metrics, bertscore_model, bleurt_model, device)
+    scores, left_out = score_records(golds, answers, computed, scorers), sorted({*metrics} - {*computed})
+    page = error_page(scores, computed, gold=gold, prediction=prediction, categories=categories, left_out=left_out)
     write_text(output, page)
     click.echo(str(output))
 
