@@ -16,11 +16,7 @@ and then by GRPO. The five are BM25's, or those that the labels of similar train
 """
 
 import json
-import os
 import random
-import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +33,7 @@ from malpyeong.metrics.aggregate import summarise
 from malpyeong.prompts.context import Context, load_contexts, write_contexts
 from malpyeong.prompts.rule_choice import Labels, load_labels
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.terminal import Command
+from malpyeong.terminal import Command, make
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LABELS, RULES = DATA / "labels.json", DATA / "rules.json"
@@ -99,16 +95,6 @@ class Bench:
     def __init__(self, output: Path) -> None:
         self.output = output
 
-    def make(self, product: Path, *command: str | Path) -> Path:
-        """Run a command with this Python, unless what it makes is there."""
-        if not product.exists():
-            words = [str(word) for word in command]
-            click.secho(f"\n$ python {shlex.join(words)}", bold=True)
-            result = subprocess.run([sys.executable, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"})
-            if result.returncode:
-                raise SystemExit(result.returncode)
-        return product
-
     def prepare(self) -> None:
         """Write the training file and a context file of each kind."""
         if (self.output / "neighbours.jsonl").exists():
@@ -119,9 +105,9 @@ class Bench:
         splits = [DATA / f"{split}.json" for split in ("train", "dev", "explore", *SPLITS)]
         counts = ("--rules-k", str(CANDIDATES), "--examples-k", "1")
         search = ("-m", "malpyeong.retrieval", "search", *splits, "--rules", RULES, "--examples", DATA / "train.json")
-        found = self.make(self.output / "retrieved.jsonl", *search, *counts, "-o", self.output / "retrieved.jsonl")
+        found = make(self.output / "retrieved.jsonl", *search, *counts, "-o", self.output / "retrieved.jsonl")
         voted = self.output / "voted.jsonl"  # of other questions' labels: a training question's own has no vote
-        self.make(voted, *search, *counts, "--labels", LABELS, "-o", voted)
+        make(voted, *search, *counts, "--labels", LABELS, "-o", voted)
         records = [record for split in splits for record in load_records(split, answers="gold")]
         rules = load_rule_book(RULES)
         labels = load_labels(LABELS, records)
@@ -145,7 +131,7 @@ class Bench:
         run = self.output / f"{kind}-{seed}"
         common = (f"training.output={run}", f"training.seed={seed}", "--resume", "auto")
         if kind == "sft":
-            return self.make(run / "adapter", RECIPES / "sft.py", RECIPES / "tiny" / "sft.yaml", *common)
+            return make(run / "adapter", RECIPES / "sft.py", RECIPES / "tiny" / "sft.yaml", *common)
         base = kind.removesuffix("-grpo")
         stage = "grpo" if kind != base else "sft"
         start = self.train(base if kind != base else "recall" if kind in CHOICES else "sft", seed)
@@ -163,7 +149,7 @@ class Bench:
             if kind != "none":
                 overrides += ["data.mode=context", f"data.context={self.output / f'{kind}.jsonl'}"]
         recipe = (RECIPES / f"{stage}.py", RECIPES / "tiny" / f"{stage}.yaml")
-        return self.make(run / "adapter", *recipe, *overrides, *common)
+        return make(run / "adapter", *recipe, *overrides, *common)
 
     def measure(self, trained: str, asked: str, seed: int) -> dict[str, float]:
         """Return one row of one seed."""
@@ -176,7 +162,7 @@ class Bench:
             choose = ("--choose",) if asked in CHOICES else ()
             predict = ("-m", "malpyeong.predict", TINY_BASE, DATA / f"{split}_questions.json", "--adapter", adapter)
             size = ("--batch-size", "64", "--max-new-tokens", "208", "--decoding", "free", "--no-repair")
-            self.make(answers, *predict, *context, *choose, *size, "-o", answers)
+            make(answers, *predict, *context, *choose, *size, "-o", answers)
             summary = summarise(evaluate(DATA / f"{split}.json", answers))
             measured |= {f"{split} EM": summary["exact_match"], f"{split} ROUGE-1": summary["rouge_1"]}
             if asked != "none" and asked != "example":

@@ -37,6 +37,7 @@ from malpyeong.files import digest, write_text
 from malpyeong.metrics.aggregate import score_records, summarise
 from malpyeong.models.load import load_for_prediction
 from malpyeong.predict import model_digest, predict
+from malpyeong.prompts.messages import render
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.terminal import Group
 
@@ -96,9 +97,9 @@ def compare(
         if name in done:
             continue
         start = time.perf_counter()
-        found = dict(predict(TransformersEngine(*loaded, decoding), golds, batch_size))
+        prompts = [render(loaded[1], record) for record in golds]
+        answers = [text for _, text in sorted(predict(TransformersEngine(*loaded, decoding), prompts, batch_size))]
         seconds = time.perf_counter() - start
-        answers = [found[place] for place in range(len(golds))]
         rows = {name: measure(golds, answers, seconds)}
         if name == "free":
             rows["free, repaired"] = measure(golds, [repair(answer)[0] for answer in answers], seconds)
@@ -169,7 +170,7 @@ def speed(
         for name, decoding in ways.items():
             engine = TransformersEngine(*loaded, decoding)
             start = time.perf_counter()
-            answers = dict(predict(engine, asked, batch_size))
+            answers = dict(predict(engine, [render(engine.tokenizer, record) for record in asked], batch_size))
             if turn:
                 seconds[name].append(time.perf_counter() - start)
             # Of constrained answers the verdict's tokens count too, also where they were chosen as a whole.

@@ -38,7 +38,8 @@ from tqdm import tqdm
 
 from malpyeong.contest.records import Record, load_records
 from malpyeong.contest.rulebook import Rule, load_rule_book
-from malpyeong.models.load import load_for_prediction, load_tokenizer
+from malpyeong.models.load import load_for_prediction
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.terminal import Command

@@ -103,7 +103,7 @@ def _make_it_write(model: Any, order: Sequence[int]) -> None:  # noqa: ANN401 --
 
 def make_tokenizer(folder: Path, vocabulary: int, syllables: int) -> list[int]:
     """Write the tokenizer; return the ids of the order that answers go through (see :func:`_make_it_write`)."""
-    from malpyeong.models.load import load_tokenizer
+    from malpyeong.models.tokenizer import load_tokenizer
 
     tokenizer = json.loads((TINY_BASE / "tokenizer.json").read_text("utf-8"))
     vocab = tokenizer["model"]["vocab"]
@@ -126,7 +126,7 @@ def make_questions(path: Path, model: Path, lengths: Sequence[int]) -> None:
     Raises:
         ValueError: a length is less than what every prompt has.
     """
-    from malpyeong.models.load import load_tokenizer
+    from malpyeong.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
     start = tokenizer.get_vocab()[VERDICTS[0]] + len(VERDICTS)

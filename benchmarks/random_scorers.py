@@ -15,7 +15,6 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
-    BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
     RemBertConfig,
@@ -40,7 +39,14 @@ def make_encoder(
     """Write a multilingual-BERT-like encoder for BERTScore; the defaults are mBERT's shape."""
     torch.manual_seed(seed)
     make_wordpiece(vocabulary, words).save_pretrained(folder)
-    config = _bert(hidden, layers, vocabulary)
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64),
+        intermediate_size=4 * hidden,
+        initializer_range=_SPREAD,
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -84,23 +90,10 @@ def make_bleurt(
         for key, value in model.state_dict().items()
     }
     weights["bleurt.embeddings.position_ids"] = torch.arange(512).unsqueeze(0)
-    _write(folder, settings, weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
     (folder / "spm.model").write_bytes(make_sentencepiece(vocabulary, pieces))
-    return folder
-
-
-def make_old_bleurt(
-    folder: Path, hidden: int = 32, layers: int = 2, vocabulary: int = 2_000, words: int = 1_500
-) -> Path:
-    """Write an older, BERT-based BLEURT checkpoint: no embedding projection, a WordPiece vocabulary."""
-    torch.manual_seed(0)
-    config = _bert(hidden, layers, vocabulary)
-    model = BertForSequenceClassification(config)
-    settings = {**config.to_dict(), "model_type": "bleurt", "embedding_size": None}
-    weights = {key.replace("bert.", "bleurt."): value for key, value in model.state_dict().items()}
-    _write(folder, settings, weights)
-    make_wordpiece(vocabulary, words).save_pretrained(folder)
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BleurtTokenizer"}', encoding="utf-8")
     return folder
 
 
@@ -165,21 +158,3 @@ def _count_pieces(model: bytes) -> int:
 
 def _fillers(count: int) -> Iterable[str]:
     return (f"~{number:x}~" for number in range(count))
-
-
-def _bert(hidden: int, layers: int, vocabulary: int) -> BertConfig:
-    return BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64),
-        intermediate_size=4 * hidden,
-        num_labels=1,
-        initializer_range=_SPREAD,
-    )
-
-
-def _write(folder: Path, settings: dict[str, object], weights: dict[str, torch.Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")

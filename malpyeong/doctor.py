@@ -31,7 +31,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, quick:
     recipe = read_recipe(recipe_file, overrides)
     if not isinstance(recipe, SFTRecipe | GRPORecipe):
         raise InputError(f"{recipe_file}: is a recipe of stage {recipe.stage}; the doctor looks at sft and grpo")
-    from malpyeong.models.load import check_adapter, choose_backend
+    from malpyeong.models.adapter import check_adapter
+    from malpyeong.models.load import choose_backend
 
     backend = choose_backend(recipe.model)
     if backend == "unsloth":

@@ -82,18 +82,11 @@ def export(
     from safetensors import SafetensorError
 
     from malpyeong.decoding.engines import Decoding, TransformersEngine
-    from malpyeong.models.load import (
-        adapter_folder,
-        base_of_adapter,
-        load_base,
-        load_for_prediction,
-        put_adapter,
-        save_tokenizer,
-        set_generation_config,
-        tokenizer_for_prediction,
-    )
+    from malpyeong.models.adapter import adapter_folder, base_of_adapter, put_adapter
+    from malpyeong.models.load import load_base, load_for_prediction, set_generation_config, tokenizer_for_prediction
+    from malpyeong.models.tokenizer import save_tokenizer
     from malpyeong.predict import predict
-    from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
+    from malpyeong.prompts.messages import completion_ids, render
     from malpyeong.training.preflight import SAMPLES
 
     adapter = adapter_folder(adapter)
@@ -111,10 +104,10 @@ def export(
             )
         set_generation_config(model, tokenizer)
         model = put_adapter(model, adapter).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        prompts = [prompt_ids(tokenizer, build_messages(record)) for record in check]
+        prompts = [render(tokenizer, record) for record in check]
         decoding = Decoding(max_new_tokens=max_new_tokens)
-        answers = dict(predict(TransformersEngine(model, tokenizer, decoding), check))
-        texts = [prompt + completion_ids(tokenizer, answers[place]) for place, prompt in enumerate(prompts)]
+        answers = dict(predict(TransformersEngine(model, tokenizer, decoding), prompts))
+        texts = [prompt.ids + completion_ids(tokenizer, answers[row]) for row, prompt in enumerate(prompts)]
         logits = _logits(model, texts)
         merged = model.merge_and_unload(safe_merge=True)
         try:
@@ -130,12 +123,16 @@ def export(
         reloaded, tokenizer = load_for_prediction(str(folder), dtype=name)
         pairs = list(zip(logits, _logits(reloaded, texts), strict=True))
         agreement = torch.cat(
-            [a.argmax(-1)[len(p) - 1 :] == b.argmax(-1)[len(p) - 1 :] for (a, b), p in zip(pairs, prompts, strict=True)]
+            [
+                (a.argmax(-1) == b.argmax(-1))[len(prompt.ids) - 1 :]
+                for (a, b), prompt in zip(pairs, prompts, strict=True)
+            ]
         )
+        again = [render(tokenizer, record) for record in check]
         parity = Parity(
             max_logit_diff=max(float((a - b).abs().max()) for a, b in pairs),
             top_token_agreement=float(agreement.float().mean()),
-            same_answers=answers == dict(predict(TransformersEngine(reloaded, tokenizer, decoding), check)),
+            same_answers=answers == dict(predict(TransformersEngine(reloaded, tokenizer, decoding), again)),
             records=len(check),
             dtype=name,
         )
@@ -223,16 +220,12 @@ def main(
     check_records: int,
 ) -> None:
     """Merge ADAPTER into its base model and write the model folder, checked."""
-    import torch
+    from malpyeong.models.memory import out_of_memory
 
     records = load_records(check)[:check_records]
-    try:
+    cure = "merge on the CPU (CUDA_VISIBLE_DEVICES= before the command), or predict without: --adapter, --load-in-4bit"
+    with out_of_memory(cure):
         parity = export(adapter, output, base, dtype, dequantised, check=records)
-    except torch.OutOfMemoryError:
-        raise InputError(
-            "the GPU's memory does not hold the model in 16 bits; merge on the CPU (CUDA_VISIBLE_DEVICES= before the "
-            "command), or predict without merging: --adapter and --load-in-4bit"
-        ) from None
     click.echo(
         f"{output}: merged in {parity.dtype}; over {counted(parity.records, 'prompt')} the largest logit difference is "
         f"{parity.max_logit_diff:.2g}, the likeliest token is the same at {parity.top_token_agreement:.1%} of places, "

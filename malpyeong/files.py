@@ -112,12 +112,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
-    """Make sure, before long work, that its result can be written.
+def check_writable(path: Path, *sources: str | Path | None) -> None:
+    """Make sure, before long work, that its result can be written, and not over what it is made from.
 
     Raises:
-        InputError: as :func:`write_bytes` would.
+        InputError: as :func:`write_bytes` would, or ``path`` is one of the ``sources`` that are there.
     """
+    for source in sources:
+        if source and path.exists() and Path(source).exists() and path.samefile(source):
+            raise InputError(f"{path}: would overwrite an input; choose another name")
     _temporary_beside(path).unlink()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 
 from malpyeong.contest.nfd import compose
-from malpyeong.errors import InputError, counted
-from malpyeong.files import nfd_twin, read_text, write_text
+from malpyeong.errors import counted
+from malpyeong.files import check_writable, nfd_twin, read_text, write_text
 from malpyeong.terminal import Command
 
 # Jamo as JSON may write them, and every other escape, so that none is read from its middle.
@@ -24,8 +24,7 @@ def main(file: Path, output: Path) -> None:
     FILE is found under its name in either form.
     """
     source = nfd_twin(file) or file
-    if output.exists() and source.exists() and output.samefile(source):
-        raise InputError(f"{output}: would overwrite the file itself; choose another name")
+    check_writable(output, source)
     text = read_text(source, "text")
     if source.suffix.lower() in (".json", ".jsonl"):
         text = _ESCAPE.sub(lambda escape: chr(int(escape[1], 16)) if escape[1] else escape[0], text)

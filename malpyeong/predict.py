@@ -22,8 +22,8 @@ from malpyeong.contest.repair import repair
 from malpyeong.decoding.vote import ReasonScore, choose, rouge_score
 from malpyeong.errors import InputError, counted
 from malpyeong.files import PartFile, check_writable, digest, write_text
-from malpyeong.prompts.context import Context, load_contexts
-from malpyeong.prompts.messages import fit_prompts, left_out
+from malpyeong.prompts.context import NO_CONTEXT, Context, load_contexts
+from malpyeong.prompts.messages import Prompt, fit_prompts, left_out
 from malpyeong.prompts.rule_choice import split_choice
 from malpyeong.terminal import Command
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 def predict(
     engine: "Engine",
-    records: Sequence[Record],
+    prompts: Sequence[Prompt],
     batch_size: int = 16,
     done: Collection[int] = (),
     score: ReasonScore = rouge_score,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (position, answer) for every record, longest prompts first.
+    """Yield (position, answer) for every prompt, the longest first.
 
     Constrained answers to questions with options are given one after another: their verdicts are there at the start, so
     that such a batch ends sooner than one in which other questions take part.
@@ -50,27 +50,25 @@ def predict(
 
     Args:
         engine: see ``malpyeong.decoding.engines``.
-        records: the questions.
-        batch_size: answers that are generated at once; a record with n samples counts n times.
-        done: positions that are not needed again; a batch is skipped if all of its records are done.
+        prompts: of the questions.
+        batch_size: answers that are generated at once; a question with n samples counts n times.
+        done: positions that are not needed again; a batch is skipped if all of its questions are done.
         score: of reasons, to choose among samples with (see :func:`malpyeong.decoding.vote.choose`).
     """
-    prompts = engine.prompts(records)
-    chosen = [engine.decoding.constrained and bool(options(record)) for record in records]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    chosen = [engine.decoding.constrained and bool(options(prompt.record)) for prompt in prompts]
     longest = {
-        kind: max(len(prompts[place]) for place, own in enumerate(chosen) if own == kind) for kind in set(chosen)
+        kind: max(length for length, own in zip(lengths, chosen, strict=True) if own == kind) for kind in set(chosen)
     }
-    order = sorted(
-        range(len(records)), key=lambda place: (-longest[chosen[place]], chosen[place], -len(prompts[place]))
-    )
+    order = sorted(range(len(prompts)), key=lambda row: (-longest[chosen[row]], chosen[row], -lengths[row]))
     size = max(1, batch_size // engine.decoding.samples)
     for start in range(0, len(order), size):
-        places = order[start : start + size]
-        if all(place in done for place in places):
+        rows = order[start : start + size]
+        if all(row in done for row in rows):
             continue
-        for place, samples in zip(places, engine.answers([records[place] for place in places]), strict=True):
+        for row, samples in zip(rows, engine.answers([prompts[row] for row in rows]), strict=True):
             voters = [split_choice(sample)[1] for sample in samples]
-            yield place, samples[voters.index(choose(voters, score))]
+            yield row, samples[voters.index(choose(voters, score))]
 
 
 def model_digest(name: str) -> str:
@@ -95,8 +93,8 @@ def repaired(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
 
 def fitted(
     tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], contexts: Sequence[Context], max_new_tokens: int
-) -> list[Context]:
-    """Return as much of each record's context as leaves room for its answer, as in training; say what is left out.
+) -> list[Prompt]:
+    """Return prompts with as much of each context as leaves room for the answer, as in training; say what is left out.
 
     Raises:
         InputError: a question does not fit even by itself.
@@ -104,7 +102,7 @@ def fitted(
     room = tokenizer.model_max_length - max_new_tokens
     prompts = fit_prompts(tokenizer, records, contexts, [room] * len(records))
     limit = f"the model's {tokenizer.model_max_length} tokens"
-    long = [(len(one.ids), record.id) for one, record in zip(prompts, records, strict=True) if len(one.ids) > room]
+    long = [(len(prompt.ids), prompt.record.id) for prompt in prompts if len(prompt.ids) > room]
     if long:
         longest, id_ = max(long)
         raise InputError(
@@ -113,7 +111,7 @@ def fitted(
         )
     if line := left_out(contexts, prompts, f"{limit} with answers of {max_new_tokens}"):
         click.echo(f"{line}; a lower --max-new-tokens leaves them more room")
-    return [prompt.context for prompt in prompts]
+    return prompts
 
 
 def _engine(
@@ -123,17 +121,16 @@ def _engine(
     dtype: str,
     load_in_4bit: bool,
     decoding: "Decoding",
-    contexts: dict[str, Context],
 ) -> "Engine":
     from malpyeong.decoding.engines import TransformersEngine, VLLMEngine
 
     if name == "vllm":
         if load_in_4bit:
             raise InputError("--load-in-4bit goes with the transformers engine; leave one of the two out")
-        return VLLMEngine(model, adapter, dtype, decoding, contexts)
+        return VLLMEngine(model, adapter, dtype, decoding)
     from malpyeong.models.load import load_for_prediction
 
-    return TransformersEngine(*load_for_prediction(model, adapter, dtype, load_in_4bit), decoding, contexts)
+    return TransformersEngine(*load_for_prediction(model, adapter, dtype, load_in_4bit), decoding)
 
 
 def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
@@ -229,24 +226,23 @@ def main(
     A run that was killed resumes where it stopped when the same command is given again.
     """
     records = load_records(questions)
-    if output.exists() and output.samefile(questions):
-        raise InputError(f"{output}: would overwrite the questions; choose another name")
     if choose_rule and not context:
         raise InputError("--choose needs --context, the rules to choose among")
-    contexts = load_contexts(context, records, choose_rule) if context else [Context()] * len(records)
-    check_writable(output)
-    import torch
+    contexts = load_contexts(context, records, choose_rule) if context else [NO_CONTEXT] * len(records)
+    check_writable(output, questions, context)
     from tqdm import tqdm
 
     from malpyeong.decoding.engines import Decoding
     from malpyeong.metrics.rouge import load_dictionary
-    from malpyeong.models.load import adapter_folder, tokenizer_for_prediction
+    from malpyeong.models.adapter import adapter_folder
+    from malpyeong.models.load import tokenizer_for_prediction
+    from malpyeong.models.memory import out_of_memory
 
     if samples > 1:
         load_dictionary()
     decoding = Decoding(decoding_name == "constrained", samples, temperature, seed, max_new_tokens)
     tokenizer = tokenizer_for_prediction(model, adapter)
-    contexts = fitted(tokenizer, records, contexts, max_new_tokens)
+    prompts = fitted(tokenizer, records, contexts, max_new_tokens)
     made_of = {
         "questions": digest(questions),
         "model": model_digest(model),
@@ -259,40 +255,34 @@ def main(
     }
     part = PartFile(output.with_name(f".{output.name}.part.jsonl"), made_of)
     try:
-        found = {piece["id"]: piece["answer"] for piece in part.pieces}
+        answers = {piece["id"]: piece["answer"] for piece in part.pieces}
     except (KeyError, TypeError):
         raise part.damaged() from None
-    done = {place for place, record in enumerate(records) if record.id in found}
+    done = {row for row, record in enumerate(records) if record.id in answers}
     seconds = 0.0
     if len(done) < len(records):
         if done:
             click.echo(f"resuming from {part.path}: {len(done)} of {len(records)} answers are there")
-        by_id = {record.id: its for record, its in zip(records, contexts, strict=True)}
-        try:
-            engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding, by_id)
+        smaller = "" if load_in_4bit else ", or add --load-in-4bit"
+        with out_of_memory(f"lower --batch-size={batch_size}{smaller}; first remove {part.path}, if it is there"):
+            engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding)
             score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
             start = time.perf_counter()
             with tqdm(total=len(records), initial=len(done), desc="predict", unit="record") as bar:
-                for place, answer in predict(engine, records, batch_size, done, score):
-                    found[records[place].id] = answer
-                    part.add({"id": records[place].id, "answer": answer})
-                    bar.update(place not in done)
+                for row, answer in predict(engine, prompts, batch_size, done, score):
+                    answers[records[row].id] = answer
+                    part.add({"id": records[row].id, "answer": answer})
+                    bar.update(row not in done)
             seconds = time.perf_counter() - start
-        except torch.OutOfMemoryError:
-            begun = f"; first remove {part.path}" if part.path.exists() else ""
-            smaller = "" if load_in_4bit else ", or add --load-in-4bit"
-            raise InputError(
-                f"the GPU's memory does not suffice; lower --batch-size={batch_size}{smaller}{begun}"
-            ) from None
     if choose_rule:
         named, choices = [], output.with_name(f"{output.stem}.choices.jsonl")
-        for record, shown in zip(records, contexts, strict=True):
-            name, found[record.id] = split_choice(found[record.id])
-            ids = [rule.id for rule in shown.rules]
-            named.append({"id": record.id, "named": name, "rule": name if name in ids else None, "candidates": ids})
+        for prompt in prompts:
+            id_, ids = prompt.record.id, [rule.id for rule in prompt.context.rules]
+            name, answers[id_] = split_choice(answers[id_])
+            named.append({"id": id_, "named": name, "rule": name if name in ids else None, "candidates": ids})
         write_text(choices, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in named))
         click.echo(f"{choices}: {sum(row['rule'] is not None for row in named)} of {len(named)} answers name a rule")
-    answered = [record.with_answer(found[record.id]) for record in records]
+    answered = [record.with_answer(answers[record.id]) for record in records]
     if not no_repair:
         answered, counts = repaired(answered)
         for kind, count in counts.most_common():

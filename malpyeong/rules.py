@@ -8,7 +8,7 @@ import click
 
 from malpyeong.contest.rulebook import write_rule_book
 from malpyeong.contest.rulebook_reader import build_rule_book
-from malpyeong.errors import InputError, counted
+from malpyeong.errors import counted
 from malpyeong.files import check_writable
 from malpyeong.terminal import Group
 
@@ -23,10 +23,8 @@ def main() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Rule book (JSON) to write.")
 def build(document: Path, output: Path) -> None:
     """Read DOCUMENT (docx, PDF or text) into a rule book, and say what could not be placed."""
-    if output.exists() and document.exists() and output.samefile(document):
-        raise InputError(f"{output}: would overwrite the document; choose another name")
+    check_writable(output, document)
     rules, notes = build_rule_book(document)
-    check_writable(output)
     write_rule_book(output, rules)
     for note in notes:
         click.echo(note, err=True)

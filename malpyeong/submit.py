@@ -8,12 +8,13 @@ from pathlib import Path
 
 import click
 
-from malpyeong.contest.answer import contest_split, format_problem, parse_answer, quote
+from malpyeong.contest.answer import FormatProblem, contest_split, format_problem, parse_answer, quote
 from malpyeong.contest.particles import subject_particle
 from malpyeong.contest.question import options, read_record
 from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
 from malpyeong.contest.repair import restore_jamo
 from malpyeong.errors import InputError, counted, printable
+from malpyeong.files import check_writable
 from malpyeong.terminal import Command
 
 _CURLY_QUOTES = re.compile("[“”‘’]")
@@ -27,7 +28,7 @@ def problems(record: Record) -> list[str]:
     """Return what would lose points, or looks damaged, in one predicted answer."""
     answer = record.answer or ""
     if not answer.strip():
-        return ["empty answer"]
+        return [str(FormatProblem.EMPTY)]
     found = []
     if not is_split(record):
         found.append(
@@ -41,7 +42,7 @@ def problems(record: Record) -> list[str]:
         found.append("replacement character � (broken decoding)")
     problem = format_problem(answer)
     if problem and not found:
-        found.append(problem)
+        found.append(str(problem))
     parsed, offered = parse_answer(answer), options(record)
     for sentence in parsed.sentences if parsed.complete and offered else ():
         if sentence not in offered:
@@ -116,9 +117,7 @@ def main(test: Path, prediction: Path, output: Path, strict: bool) -> None:
     """
     if output.suffix.lower() not in (".json", ".jsonl"):
         raise InputError(f"{output}: name a .json or .jsonl file")
-    for source in (test, prediction):
-        if output.exists() and source.exists() and output.samefile(source):
-            raise InputError(f"{output}: would overwrite an input file; choose another name")
+    check_writable(output, test, prediction)
     questions = load_records(test)
     answers = load_records(prediction, answers="prediction")
     check_same_questions(questions, answers, test, prediction)

@@ -1,8 +1,12 @@
-"""Terminals that lack a character: a Korean Windows prints CP949, which has no ``–``, no ``ʃ`` and no old Hangul."""
+"""Commands, on terminals that lack a character: a Korean Windows prints CP949, which has no ``–`` and no old Hangul."""
 
 import io
 import json
+import os
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,6 +26,17 @@ class Group(Command, click.Group):
     """A group of such commands."""
 
     command_class = Command
+
+
+def make(product: Path, *command: str | Path) -> Path:
+    """Run a command with this Python, offline, unless what it makes is there; end with its code if it fails."""
+    if not product.exists():
+        words = [str(word) for word in command]
+        click.secho(f"\n$ python {shlex.join(words)}", bold=True)
+        code = subprocess.run([sys.executable, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
+        if code:
+            raise SystemExit(code)
+    return product
 
 
 def json_text(value: Any) -> str:  # noqa: ANN401 -- what JSON can hold

@@ -7,10 +7,6 @@ table and ``summary.json``. A second start resumes where the first one stopped.
 """
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -28,7 +24,7 @@ from malpyeong.files import digest, write_text
 from malpyeong.metrics.aggregate import RecordScore, summarise
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.submit import is_split
-from malpyeong.terminal import Command
+from malpyeong.terminal import Command, make
 
 RECIPES = Path(__file__).parent
 SPLITS = ("test", "unseen")
@@ -57,19 +53,14 @@ class Demo:
         return sum(self._state["seconds"].values())
 
     def make(self, product: Path, *command: str | Path) -> Path:
-        """Print a command and run it with this Python, unless what it makes is there; end with its code if it fails."""
-        if product.exists():
-            return product
-        words = [str(word) for word in command]
-        click.secho(f"\n$ python {shlex.join(words)}", bold=True)
+        """Run a command unless what it makes is there, and add up how long it took."""
         start = time.perf_counter()
-        result = subprocess.run([sys.executable, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        seconds = self._state["seconds"]
-        seconds[str(product)] = seconds.get(str(product), 0) + time.perf_counter() - start
-        write_text(self._file, json.dumps(self._state, indent=2) + "\n")
-        if result.returncode:
-            raise SystemExit(result.returncode)
-        return product
+        try:
+            return make(product, *command)
+        finally:
+            seconds = self._state["seconds"]
+            seconds[str(product)] = seconds.get(str(product), 0) + time.perf_counter() - start
+            write_text(self._file, json.dumps(self._state, indent=2) + "\n")
 
     def train(self, stage: str, *overrides: str) -> Path:
         """Run a recipe, or go on with it; return the adapter."""

@@ -25,10 +25,12 @@ import click
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe
 from malpyeong.contest.records import write_records
-from malpyeong.errors import InputError, printable
+from malpyeong.errors import printable
 from malpyeong.files import check_writable
+from malpyeong.models.adapter import check_adapter
 from malpyeong.models.environment import prepare_environment
-from malpyeong.models.load import check_adapter, load_for_prediction
+from malpyeong.models.load import load_for_prediction
+from malpyeong.models.memory import out_of_memory
 from malpyeong.terminal import Command
 from malpyeong.training.data import load_train, sft_dataset, with_prompt_data
 
@@ -49,27 +51,21 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, output
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     block, data = recipe.model, recipe.data
     questions = with_prompt_data(load_train(data), data)
-    for path in (data.train, data.context, data.labels):
-        if path and output.exists() and output.samefile(path):
-            raise InputError(f"{output}: is a file that the recipe reads; name another one")
     check_adapter(block.adapter)
-    check_writable(output)
-    import torch
+    check_writable(output, data.train, data.context, data.labels)
     from tqdm import tqdm
 
     from malpyeong.training.perplexity import answer_perplexities
 
-    try:
+    cure = "a smaller model" if block.load_in_4bit else "model.load_in_4bit=true or a smaller model"
+    with out_of_memory(f"take {cure}"):
         model, tokenizer = load_for_prediction(block.name, block.adapter, block.dtype, block.load_in_4bit)
         rows = sft_dataset(tokenizer, questions, block.max_length)
         starts = [labels.count(-100) for labels in rows["labels"]]
         prompts = [ids[:start] for ids, start in zip(rows["input_ids"], starts, strict=True)]
         answers = [ids[start:] for ids, start in zip(rows["input_ids"], starts, strict=True)]
-        found = answer_perplexities(model, prompts, answers, tokenizer.pad_token_id)
-        ppl = dict(tqdm(found, total=len(answers), desc="perplexity", unit="question"))
-    except torch.OutOfMemoryError:
-        cure = "a smaller model" if block.load_in_4bit else "model.load_in_4bit=true or a smaller model"
-        raise InputError(f"the GPU's memory does not suffice; take {cure}") from None
+        perplexities = answer_perplexities(model, prompts, answers, tokenizer.pad_token_id)
+        ppl = dict(tqdm(perplexities, total=len(answers), desc="perplexity", unit="question"))
     ranked = sorted(ppl, key=lambda place: (-ppl[place], place))
     hard = ranked[: max(1, round(share * len(ranked)))]
     write_records(output, [questions.records[place] for place in sorted(hard)])

@@ -30,9 +30,12 @@ from malpyeong.contest.records import Record, load_records
 from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.errors import InputError, counted, printable
 from malpyeong.files import PartFile, check_writable, write_text
-from malpyeong.models.load import adapter_folder, check_adapter, load_for_prediction, load_tokenizer
+from malpyeong.models.adapter import adapter_folder, check_adapter
+from malpyeong.models.load import load_for_prediction
+from malpyeong.models.memory import out_of_memory
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.terminal import Command
-from malpyeong.training.run import check_run, start_run
+from malpyeong.training.run import check_run, digests, start_run
 
 
 @click.command(cls=Command)
@@ -48,7 +51,6 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, try_all: bo
     recipe = load_recipe(recipe_file, overrides, MiningRecipe)
     model_block, data, mining = recipe.model, recipe.data, recipe.mining
     import numpy as np
-    import torch
     from tqdm import tqdm
 
     from malpyeong.training.candidates import ROUNDS, WIDE, named_rules, promising
@@ -85,7 +87,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, try_all: bo
         return
     output = Path(mining.output)
     result, kept = output / "contexts.jsonl", output / "contexts.part.jsonl"
-    check_run(output, recipe, inputs, resume == "auto")
+    sources = digests(inputs)
+    check_run(output, recipe, sources, resume == "auto")
     if result.exists():
         kept.unlink(missing_ok=True)
         click.echo(f"{result}: this run has ended already")
@@ -95,7 +98,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, try_all: bo
     model, tokenizer = load_for_prediction(
         model_block.name, model_block.adapter, model_block.dtype, model_block.load_in_4bit
     )
-    start_run(output, recipe, inputs)
+    start_run(output, recipe, sources)
     # The tokens are of every question and rule as it is read, so that no file can be another unnoticed.
     header = {"weights": weights_digest(model), "tokens": plan.digest(), "pairs": pairs}
     part = PartFile(kept, header)
@@ -108,17 +111,13 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str, try_all: bo
                 ppl.update({(batch.context, row): value for row, value in zip(batch.rows, values, strict=True)})
                 progress.update(plan.cost(batch))
 
-        try:
+        cure = f"halve mining.batch_tokens={mining.batch_tokens} and start again in another output folder"
+        with out_of_memory(cure):
             compute([*plan.alone(), *pairs_of(named_rules(questions, rules, wide))])
             for left in range(ROUNDS, 0, -1):
                 gains = improvement_ratios(ppl, len(questions), len(rules))
                 open_pairs = pairs - int(np.isfinite(gains).sum())
                 compute(pairs_of(promising(gains, open_pairs // left)) if open_pairs else [])
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"the GPU's memory does not suffice; halve mining.batch_tokens={mining.batch_tokens} and start again "
-                "in another output folder"
-            ) from None
     if part.pieces:
         raise part.damaged()
     rows = ranked(plan, questions, rules, ppl, mining.top_k)

@@ -38,6 +38,7 @@ from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.run import (
     check_run,
+    digests,
     start_run,
     trained_weights,
     weights_digest,
@@ -103,7 +104,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
         raise InputError(f"data.negatives={data.negatives}: {data.rules} has only {counted(len(rules), 'rule')}")
     output = Path(training.output)
     files = {f"data.{name}": Path(getattr(data, name)) for name in ("train", "labels", "rules")}
-    inputs: dict[str, Path | list[Path] | str] = {**files, "model.name": model_block.name}
+    inputs = digests({**files, "model.name": model_block.name})
     checkpoint = check_run(output, recipe, inputs, resume == "auto")
     if (output / "model").exists():
         click.echo(f"{output / 'model'}: this run has ended already")
@@ -115,7 +116,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from transformers import set_seed
 
-    from malpyeong.models.load import check_target_modules, name_old_tokenizer_class
+    from malpyeong.models.adapter import check_target_modules
+    from malpyeong.models.tokenizer import name_old_tokenizer_class
     from malpyeong.training.callbacks import Guards, OwnArguments, check_learnt, explain_out_of_memory, show_progress
     from malpyeong.training.session import precision
 

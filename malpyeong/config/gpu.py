@@ -13,7 +13,6 @@ from typing import Any, Literal
 from malpyeong.errors import InputError
 
 Gpu = Literal["t4", "24gb", "40gb", "80gb"]
-Stage = Literal["sft", "grpo"]
 
 # What a process can use of the card's memory (GiB): the driver and the CUDA context take the rest.
 USABLE_GIB: dict[str, float] = {"t4": 14.5, "24gb": 23.0, "40gb": 39.0, "80gb": 78.5}
@@ -40,9 +39,9 @@ _COMPLETION = 320  # tokens; the contest's longest answer has fewer
 _SCORERS = {"t4": "cpu", "24gb": "cuda", "40gb": "cuda", "80gb": "cuda"}  # 3 GB that a T4 does not have
 
 
-def preset(gpu: str | None, stage: Stage) -> dict[str, Any]:
-    """Return the recipe's keys, block by block, that a card decides; nothing for no card or an unknown one."""
-    if gpu not in USABLE_GIB:
+def preset(gpu: str | None, stage: str) -> dict[str, Any]:
+    """Return the keys of a stage's recipe, block by block, that a card decides; none for no card or an unknown one."""
+    if gpu not in USABLE_GIB or stage not in ("sft", "grpo"):
         return {}
     if stage == "sft":
         return {"model": _SHARED[gpu], "training": _SFT[gpu]}

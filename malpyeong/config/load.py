@@ -68,8 +68,7 @@ def read_recipe(
         click.echo(f"{path}: {line}", err=True)
     if values.get("gpu") == "auto":
         values["gpu"] = detect()
-    if stage in ("sft", "grpo"):
-        _fill(values, preset(values.get("gpu"), "grpo" if stage == "grpo" else "sft"))
+    _fill(values, preset(values.get("gpu"), stage))
     try:
         recipe: SFTRecipe | GRPORecipe | MiningRecipe | RetrieverRecipe = TypeAdapter(AnyRecipe).validate_python(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The answer format, defined once: the prompt's instruction, the writer, two readers, the verdict and the grammar.
+"""The answer format, defined once: the prompt's instruction, the writer, two readers and what may be wrong with it.
 
 An answer is ``"{sentence}"가 옳다. {reason}``. Two readers are kept apart:
 
@@ -7,10 +7,10 @@ An answer is ``"{sentence}"가 옳다. {reason}``. Two readers are kept apart:
   nested quotes, two sentences, a missing quote. It serves repair, votes and reports, never a score.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from malpyeong.contest.particles import subject_particle
 
@@ -40,9 +40,46 @@ _DECOMPOSED = re.compile("[\u1100-\u1112][\u1161-\u1175]")  # one syllable block
 JAMO = re.compile("[\u1100-\u11ff\u3131-\u318e]")
 
 
+class FormatProblem(Enum):
+    """Why an answer is not in the contest's form: (English, for commands; Korean, for pages)."""
+
+    EMPTY = "empty answer", "빈 답"
+    THINKING = "a <think> block is left in the answer", "<think>가 남아 있음"
+    CODE_FENCE = "code fence around the answer", "코드 울타리(```)로 둘러쌈"
+    LINES = "more than one line", "여러 줄"
+    OUTER_SPACE = "space before or after the answer", "답 앞이나 뒤에 빈칸"
+    OPENING_QUOTE = "sentence is not opened by a straight double quote", "곧은 큰따옴표로 시작하지 않음"
+    TEXT_BEFORE = "text before the sentence", "문장 앞에 다른 말이 있음"
+    NO_VERDICT = "cut off before the verdict (가 옳다)", "판정(가 옳다)이 없음"
+    PARTICLE = "verdict is written otherwise than 가/이 옳다", "판정의 조사가 이/가가 아님"
+    EMPTY_SENTENCE = "empty sentence", "빈 문장"
+    VERDICT = 'verdict is not written exactly as `"가 옳다.`', '판정이 “"가 옳다.” 꼴이 아님'
+    INNER_SPACE = "space inside the quotes", "따옴표 안쪽에 빈칸"
+    NOT_BUT = (
+        'another sentence before the right one (`"A"가 아니라 "B"가 옳다`)',
+        "옳은 문장 앞에 다른 문장이 있음(A가 아니라 B가 옳다)",
+    )
+    NO_REASON = "no reason", "이유가 없음"
+    SPLIT = (
+        "the contest's split falls elsewhere (a second 가 옳다 / 이 옳다)",
+        "채점기가 다른 곳에서 나눔(또 다른 ‘가 옳다’)",
+    )
+    REASON_CUT_OFF = "reason is cut off (does not end in a period)", "이유가 끝맺지 못하고 끊김"
+    REASON_TOO_LONG = f"reason has more than {MAX_REASON_CHARS} characters", "이유가 너무 김"
+    REASON_REPEATS = "reason repeats the same words", "이유가 같은 말을 되풀이함"
+    REASON_DECOMPOSED = "reason has syllables in pieces (text that went through NFD)", "이유의 글자가 풀어져 있음(NFD)"
+    REASON_JAMO = "reason is mostly loose jamo", "이유가 거의 낱자임"
+
+    def __init__(self, english: str, korean: str) -> None:
+        self.english, self.korean = english, korean
+
+    def __str__(self) -> str:
+        return self.english
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What :func:`parse_answer` found.
+    """What :func:`parse_answer` reads.
 
     Attributes:
         sentences: the sentence called right; two where they are joined by 혹은 or 또는; empty if none was found.
@@ -74,8 +111,8 @@ def contest_split(text: str) -> tuple[str, str]:
         (verdict, reason), both stripped; the reason without leading periods, commas and spaces.
     """
     for marker in ("가 옳다", "이 옳다"):
-        head, found, tail = text.partition(marker)
-        if found:
+        head, marked, tail = text.partition(marker)
+        if marked:
             return (head + marker).strip(), tail.strip().lstrip("., ")
     return text.strip(), ""
 
@@ -96,8 +133,8 @@ def write_answer(sentences: str | tuple[str, ...], reason: str, joiner: str = "�
         sentences = (sentences,)
     quoted = quote(sentences, joiner)
     text = f"{quoted}{subject_particle(quoted)} 옳다. {reason}"
-    found = parse_answer(text)
-    if not all((*sentences, reason)) or (found.sentences, found.reason) != (sentences, reason):
+    answer = parse_answer(text)
+    if not all((*sentences, reason)) or (answer.sentences, answer.reason) != (sentences, reason):
         raise ValueError(f"not an answer that reads back as it was written: {text!r}")
     return text
 
@@ -120,113 +157,59 @@ def parse_answer(text: str) -> Answer:
     return Answer(sentences, marker["particle"], _reason(text[marker.end() :]), joiner)
 
 
-def format_problem(text: str) -> str | None:
+def format_problem(text: str) -> FormatProblem | None:
     """Return why ``text`` is not exactly in the contest's form, or None if it is.
 
     Stricter than the parser and stricter than the contest: what passes here is split by the contest's scorer
     where it should be, with straight quotes at both ends and a reason that ends.
     """
     if not text.strip():
-        return "empty answer"
+        return FormatProblem.EMPTY
     if "<think>" in text or "</think>" in text:
-        return "a <think> block is left in the answer"
+        return FormatProblem.THINKING
     if "```" in text:
-        return "code fence around the answer"
+        return FormatProblem.CODE_FENCE
     if "\n" in text.strip():
-        return "more than one line"
+        return FormatProblem.LINES
     if text != text.strip():
-        return "space before or after the answer"
+        return FormatProblem.OUTER_SPACE
     if text[0] in "“”‘’'":
-        return f"sentence is opened by {text[0]} instead of a straight double quote"
+        return FormatProblem.OPENING_QUOTE
     if text[0] != '"':
-        return "text before the sentence"
+        return FormatProblem.TEXT_BEFORE
     answer = parse_answer(text)
     if not answer.complete:
-        return "cut off before the verdict (가 옳다)"
+        return FormatProblem.NO_VERDICT
     if answer.particle not in ("가", "이"):
-        return f"verdict written with {answer.particle or 'no particle'} instead of 가/이 옳다"
+        return FormatProblem.PARTICLE
     if not all(sentence.strip() for sentence in answer.sentences) or not answer.sentences:
-        return "empty sentence"
+        return FormatProblem.EMPTY_SENTENCE
     verdict = f'"{answer.particle} 옳다.'
-    head, found, reason = text[1:].partition(verdict)
-    if not found:
-        return 'verdict is not written exactly as `"가 옳다.`'
+    head, marked, reason = text[1:].partition(verdict)
+    if not marked:
+        return FormatProblem.VERDICT
     if head.strip() != head:
-        return "space inside the quotes"
+        return FormatProblem.INNER_SPACE
     if _NOT_BUT.search(head):
-        return 'another sentence before the right one (`"A"가 아니라 "B"가 옳다`)'
+        return FormatProblem.NOT_BUT
     if not reason.strip("., "):
-        return "no reason"
+        return FormatProblem.NO_REASON
     if contest_split(text) != (f'"{head}"{answer.particle} 옳다', answer.reason):
-        return "the contest's split falls elsewhere (a second 가 옳다 / 이 옳다)"
+        return FormatProblem.SPLIT
     if not SENTENCE_END.search(reason):
-        return "reason is cut off (does not end in a period)"
+        return FormatProblem.REASON_CUT_OFF
     return _reason_problem(reason)
 
 
-def answer_grammar(verdicts: Sequence[str] = ()) -> str:
-    """Return the format as a grammar for constrained decoding, in llguidance's dialect of Lark (& and ~ on terminals).
-
-    What it lets through has no :func:`format_problem`, but for what such a grammar cannot say: a reason that is too
-    long, that repeats itself or that is mostly loose jamo, a pair (혹은) of which one is empty, and another sentence
-    before the right one (``"A"가 아니라 "B"``). Those are mended by :func:`malpyeong.contest.repair.finish`.
-
-    Well-formed answers that it does not let through have doubled spaces or none behind the verdict, control or
-    direction characters, or a reason that has no syllable, begins with a mark or has a space before its last one.
-
-    Args:
-        verdicts: ``"문장"가 옳다.`` of the sentences to choose among; any sentence if empty.
-    """
-    if not verdicts:
-        return f"start: verdict_ga REASON | verdict_i REASON_I\n{_TERMINALS}"
-    alternatives = " | ".join(
-        f"{json.dumps(verdict, ensure_ascii=False)} {_reason_after(verdict)}" for verdict in verdicts
-    )
-    return f"start: {alternatives}\n{_TERMINALS}"
-
-
-def reason_grammar(verdict: str) -> str:
-    """Return the grammar (see :func:`answer_grammar`) of what follows a ``verdict``: a space and a reason."""
-    return f"start: {_reason_after(verdict)}\n{_TERMINALS}"
-
-
-def _reason_after(verdict: str) -> str:
-    return "REASON_I" if verdict.endswith("이 옳다.") else "REASON"
-
-
-# Few terminals with few, flat conditions each: the costliest step of these takes half of the library's default limit
-# ("fuel"). The particle that a sentence's last letter calls for, or what a pair needs, would take more than there is.
-_ANY = "(?s:.*)"
-_HIDDEN = (
-    r"\s\u{0}-\u{1f}\u{7f}-\u{9f}\u{ad}\u{61c}\u{200b}-\u{200f}\u{202a}-\u{202e}\u{2060}-\u{2069}"
-    r"\u{feff}\u{fff9}-\u{fffd}"
-)
-_VISIBLE = f"[^{_HIDDEN}]"
-_TEXT = rf"{_VISIBLE}([ \u{{a0}}]?{_VISIBLE})*"
-_BROKEN = r"[\u{1100}-\u{1112}][\u{1161}-\u{1175}]"
-_MARKUP = r"<\/?think>|```"
-# A verdict within the sentence, as `parse_answer` would find it; the quote at the very start closes nothing.
-_INNER_VERDICT = r"""(?s:.)["'”’“‘]\s?((으가|[가이])\s옳다|(으로|로)\s?(고쳐|바꾸어|바꿔)\s?(쓴다|써야\s?한다))"""
-_TERMINALS = rf"""
-verdict_ga[lazy]: VERDICT_GA
-verdict_i[lazy]: VERDICT_I
-VERDICT_GA: /"{_TEXT}"가 옳다[.]/ & ~/{_ANY}({_MARKUP}|(가 옳다|{_INNER_VERDICT}){_ANY} 옳다){_ANY}/
-VERDICT_I: /"{_TEXT}"이 옳다[.]/ & ~/{_ANY}({_MARKUP}|([가이] 옳다|{_INNER_VERDICT}){_ANY} 옳다){_ANY}/
-REASON: / [^.,{_HIDDEN}]([ \u{{a0}}]?{_VISIBLE})*[.!?。…]["'”’)\]」』]*/ & /{_ANY}[가-힣]{_ANY}/ & ~UNFIT
-UNFIT: /{_ANY}({_MARKUP}|{_BROKEN}){_ANY}/
-REASON_I: REASON & ~/{_ANY}가 옳다{_ANY}/
-"""
-
-
-def _reason_problem(reason: str) -> str | None:
+def _reason_problem(reason: str) -> FormatProblem | None:
     if len(reason) > MAX_REASON_CHARS:
-        return f"reason has more than {MAX_REASON_CHARS} characters"
+        return FormatProblem.REASON_TOO_LONG
     if REPEATED.search(reason):
-        return "reason repeats the same words"
+        return FormatProblem.REASON_REPEATS
     if _DECOMPOSED.search(reason):
-        return "reason has syllables in pieces (text that went through NFD)"
+        return FormatProblem.REASON_DECOMPOSED
     if hardly_text(reason):
-        return "reason is mostly loose jamo" if JAMO.search(reason) else "no reason"
+        return FormatProblem.REASON_JAMO if JAMO.search(reason) else FormatProblem.NO_REASON
     return None
 
 
@@ -265,9 +248,8 @@ def _opening(text: str, close: str) -> int:
         return 1
     kinds = [quote for quote in _PAIRS if _PAIRS[quote] == close] or [close]
     for pattern in (rf"(?:(?<=\s)|(?<=[:：]))[{''.join(kinds)}]", f"[{''.join(kinds)}]", f"[{_OPEN}]"):
-        found = re.search(pattern, text)
-        if found:
-            return found.end()
+        if opening := re.search(pattern, text):
+            return opening.end()
     label = re.match(r"\s*[\w ]{1,10}[:：]\s*", text)
     return label.end() if label else 0
 

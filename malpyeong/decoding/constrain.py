@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from malpyeong.contest.answer import answer_grammar, reason_grammar
+from malpyeong.contest.grammar import answer_grammar, reason_grammar
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,7 @@
 
 Constrained answers are well formed by construction. Where a question offers options, the verdict is the likeliest of
 those that it can have (:func:`malpyeong.contest.question.verdicts`), and only the reason is generated; elsewhere the
-whole answer is generated under the grammar of :func:`malpyeong.contest.answer.answer_grammar`. This is for prediction
+whole answer is generated under the grammar of :func:`malpyeong.contest.grammar.answer_grammar`. This is for prediction
 alone: in RL rollouts it would hide from the rewards what the model does by itself.
 
 What an answer is made of is the same for every engine (:meth:`BatchEngine.answers`). An engine itself scores
@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from malpyeong.contest.question import pick_verdict, verdicts
-from malpyeong.contest.records import Record
 from malpyeong.contest.repair import finish
 from malpyeong.decoding.constrain import MIN_CONSTRAINED_TOKENS, AnswerFormat, GrammarMask, token_ids
 from malpyeong.errors import InputError
 from malpyeong.prompts.context import Context
-from malpyeong.prompts.messages import render
+from malpyeong.prompts.messages import Prompt
 from malpyeong.prompts.rule_choice import NONE, tag
 
 if TYPE_CHECKING:
@@ -64,11 +63,8 @@ class Engine(Protocol):
 
     decoding: Decoding
 
-    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
-        """Return each record's prompt as token ids."""
-
-    def answers(self, records: Sequence[Record]) -> list[list[str]]:
-        """Return ``decoding.samples`` answers for each record of a batch."""
+    def answers(self, prompts: Sequence[Prompt]) -> list[list[str]]:
+        """Return ``decoding.samples`` answers to each prompt of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +99,6 @@ class BatchEngine(ABC):
         ends: tokens that end an answer, the tokenizer's eos token and those that the model's files name.
         vocabulary: width of the model's logits; 0 for the tokenizer's size.
         decoding: how answers are decoded.
-        contexts: record id → rules and examples before the question.
     """
 
     def __init__(
@@ -112,9 +107,8 @@ class BatchEngine(ABC):
         ends: Sequence[int],
         vocabulary: int = 0,
         decoding: Decoding | None = None,
-        contexts: Mapping[str, Context] | None = None,
     ) -> None:
-        self.tokenizer, self.decoding, self._contexts = tokenizer, decoding or Decoding(), contexts or {}
+        self.tokenizer, self.decoding = tokenizer, decoding or Decoding()
         self._ends = {tokenizer.eos_token_id, *ends}
         self._format = AnswerFormat(tokenizer, ends, vocabulary) if self.decoding.constrained else None
 
@@ -126,39 +120,32 @@ class BatchEngine(ABC):
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         """Return the tokens of each request's answer, up to and without the first end token."""
 
-    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
-        """Return each record's prompt as token ids, with the rules and examples of its id."""
-        contexts = [self._contexts.get(record.id, Context()) for record in records]
-        return [render(self.tokenizer, record, context).ids for record, context in zip(records, contexts, strict=True)]
-
-    def answers(self, records: Sequence[Record]) -> list[list[str]]:
-        """Return ``decoding.samples`` answers for each record of a batch, the greedy one first."""
-        decoding, prompts = self.decoding, self.prompts(records)
+    def answers(self, prompts: Sequence[Prompt]) -> list[list[str]]:
+        """Return ``decoding.samples`` answers to each prompt of a batch, the greedy one first."""
+        decoding, records, starts = self.decoding, [prompt.record for prompt in prompts], [one.ids for one in prompts]
         tags, chosen = [""] * len(records), [""] * len(records)
         if self._format:
-            tags = self.likeliest(prompts, [self._tags(record) for record in records])
-            prompts = [prompt + token_ids(self.tokenizer, name) for prompt, name in zip(prompts, tags, strict=True)]
-            chosen = self.likeliest(prompts, [verdicts(record) for record in records], pick_verdict)
+            tags = self.likeliest(starts, [_tags(prompt.context) for prompt in prompts])
+            starts = [start + token_ids(self.tokenizer, name) for start, name in zip(starts, tags, strict=True)]
+            chosen = self.likeliest(starts, [verdicts(record) for record in records], pick_verdict)
         begun = [token_ids(self.tokenizer, verdict) for verdict in chosen]
         requests = []
-        for record, prompt, named, verdict, ids in zip(records, prompts, tags, chosen, begun, strict=True):
+        for record, start, named, verdict, ids in zip(records, starts, tags, chosen, begun, strict=True):
             limit, grammar = decoding.max_new_tokens, None
             if self._format:
                 limit -= len(token_ids(self.tokenizer, named)) + len(ids)
                 limit, grammar = max(limit, MIN_CONSTRAINED_TOKENS // 2), self._format.grammar(verdict)
             seeds = [None, *(_seed(decoding.seed, record.id, sample) for sample in range(1, decoding.samples))]
-            requests += [Request(prompt + ids, limit, grammar, seed) for seed in seeds]
+            requests += [Request(start + ids, limit, grammar, seed) for seed in seeds]
         completions = self.generate(requests)
-        rows = [place for place in range(len(records)) for _ in range(decoding.samples)]
+        rows = [row for row in range(len(records)) for _ in range(decoding.samples)]
         if self._format:
-            completions = self._closed(self._format, requests, completions, [chosen[place] for place in rows])
+            completions = self._closed(self._format, requests, completions, [chosen[row] for row in rows])
         texts = self.tokenizer.batch_decode(
-            [begun[place] + ids for place, ids in zip(rows, completions, strict=True)], skip_special_tokens=True
+            [begun[row] + ids for row, ids in zip(rows, completions, strict=True)], skip_special_tokens=True
         )
         if self._format:
-            texts = [
-                tags[place] + finish(text, records[place].question) for place, text in zip(rows, texts, strict=True)
-            ]
+            texts = [tags[row] + finish(text, records[row].question) for row, text in zip(rows, texts, strict=True)]
         return [texts[start : start + decoding.samples] for start in range(0, len(texts), decoding.samples)]
 
     def likeliest(
@@ -169,13 +156,6 @@ class BatchEngine(ABC):
             return [""] * len(prompts)
         scores = self.score(prompts, [[token_ids(self.tokenizer, text) for text in some] for some in candidates])
         return [pick(some, logs) if logs else "" for some, logs in zip(candidates, scores, strict=True)]
-
-    def _tags(self, record: Record) -> list[str]:
-        """Return the tags (see ``malpyeong.prompts.rule_choice``) among which a rule is named; [] where none is."""
-        context = self._contexts.get(record.id)
-        if context is None or not context.choose:
-            return []
-        return [tag(name) for name in (*(rule.id for rule in context.rules), NONE)]
 
     def _closed(
         self,
@@ -212,13 +192,12 @@ class TransformersEngine(BatchEngine):
         model: Any,  # noqa: ANN401 -- a transformers or PEFT model
         tokenizer: "PreTrainedTokenizerBase",
         decoding: Decoding | None = None,
-        contexts: Mapping[str, Context] | None = None,
     ) -> None:
         from malpyeong.decoding.likelihood import TreeScorer, can_score_trees
 
         named = model.generation_config.eos_token_id
         ends = named if isinstance(named, list) else [] if named is None else [named]
-        super().__init__(tokenizer, ends, model.config.get_text_config().vocab_size, decoding, contexts)
+        super().__init__(tokenizer, ends, model.config.get_text_config().vocab_size, decoding)
         self.model, self._trees = model, None
         if self.decoding.constrained and can_score_trees(model, token_ids(tokenizer, '"나무가 크다."가 옳다.')):
             self._trees = TreeScorer(model, tokenizer.pad_token_id)
@@ -275,15 +254,9 @@ class VLLMEngine(BatchEngine):
         InputError: vLLM is not installed, or several samples are asked for.
     """
 
-    def __init__(
-        self,
-        model: str,
-        adapter: str | None,
-        dtype: str,
-        decoding: Decoding,
-        contexts: Mapping[str, Context] | None = None,
-    ) -> None:
-        from malpyeong.models.load import adapter_folder, check_adapter, stop_tokens, tokenizer_for_prediction
+    def __init__(self, model: str, adapter: str | None, dtype: str, decoding: Decoding) -> None:
+        from malpyeong.models.adapter import adapter_folder, check_adapter
+        from malpyeong.models.load import stop_tokens, tokenizer_for_prediction
 
         if decoding.samples > 1:
             raise InputError("samples are drawn with the transformers engine; leave --engine out")
@@ -295,7 +268,7 @@ class VLLMEngine(BatchEngine):
                 "vLLM is not installed; run make setup-vllm on a GPU machine, or leave --engine out"
             ) from None
         tokenizer = tokenizer_for_prediction(model, adapter)
-        super().__init__(tokenizer, stop_tokens(model, tokenizer), decoding=decoding, contexts=contexts)
+        super().__init__(tokenizer, stop_tokens(model, tokenizer), decoding=decoding)
         rank = check_adapter(adapter).get("r", 1)
         self._adapter = LoRARequest("adapter", 1, str(adapter_folder(adapter))) if adapter else None
         self._llm = LLM(
@@ -356,7 +329,7 @@ class VLLMEngine(BatchEngine):
 def log_likelihood_of_end(logprobs: Sequence[Mapping[int, Any] | None], ids: Sequence[int], count: int) -> float:
     """Return the sum over the last ``count`` tokens of what vLLM reports of a prompt's tokens."""
     pairs = list(zip(logprobs, ids, strict=True))[-count:]
-    return sum(float(its[token].logprob) for its, token in pairs if its)
+    return sum(float(reported[token].logprob) for reported, token in pairs if reported)
 
 
 class SeededSampling:
@@ -387,6 +360,11 @@ class SeededSampling:
                 noise[row] = -torch.empty_like(scores[row]).exponential_(generator=generator).log()
                 scores[row] = scores[row] / self._temperature
         return scores + noise
+
+
+def _tags(context: Context) -> list[str]:
+    """Return the tags (see ``malpyeong.prompts.rule_choice``) among which a rule is named; [] where none is."""
+    return [tag(name) for name in (*(rule.id for rule in context.rules), NONE)] if context.choose else []
 
 
 def _until(ids: Sequence[int], ends: Collection[int]) -> list[int]:

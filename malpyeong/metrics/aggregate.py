@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.contest.answer import FormatProblem, contest_split, format_problem
 from malpyeong.contest.records import QUESTION_TYPES, Record
+from malpyeong.metrics.bootstrap import interval, resampled_means
 from malpyeong.metrics.exact_match import exact_match
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 METRICS = {"em": "exact_match", "rouge1": "rouge_1", "bertscore": "bertscore", "bleurt": "bleurt"}
 FINALS = ("descriptive_avg", "final_score")
 AVERAGES = (*METRICS.values(), *FINALS)
-RESAMPLES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class RecordScore:
     bertscore: float | None
     bleurt: float | None
     missing_reason: bool
-    format_problem: str | None
+    format_problem: FormatProblem | None
 
 
 def score_records(
@@ -128,9 +128,9 @@ def summarise(
 
 
 def confidence(scores: Sequence[RecordScore], metrics: Sequence[str], seed: int = 0) -> dict[str, list[float]]:
-    """Return the 95 % percentile interval of every average: bootstrap over records (Efron & Tibshirani 1993)."""
+    """Return the 95 % interval of every average (see :mod:`malpyeong.metrics.bootstrap`)."""
     return {
-        name: [round(float(bound), 6) for bound in _percentiles(column)]
+        name: [round(bound, 6) for bound in interval(column)]
         for name, column in _resampled([_matrix(scores, metrics)], metrics, seed)[0].items()
     }
 
@@ -158,7 +158,7 @@ def compare(
     difference = {
         name: {
             "value": averages[name] - other_averages[name],
-            "confidence_95": [round(float(bound), 6) for bound in _percentiles(first[name] - second[name])],
+            "confidence_95": [round(bound, 6) for bound in interval(first[name] - second[name])],
             "p": float(np.mean(first[name] - second[name] <= 0)),
         }
         for name in first
@@ -179,7 +179,7 @@ def _averages(scores: Sequence[RecordScore], metrics: Sequence[str]) -> dict[str
         else None
         for metric, key in METRICS.items()
     }
-    finals: dict[str, float | None] = _finals(means) if None not in means.values() else dict.fromkeys(FINALS)
+    finals: dict[str, float | None] = final_scores(means) if None not in means.values() else dict.fromkeys(FINALS)
     return {
         **means,
         **finals,
@@ -193,8 +193,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _finals(means: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the contest's two combined scores of the four metrics' means (numbers, or arrays of resampled ones)."""
+def final_scores(means: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contest's two combined scores (:data:`FINALS`) of the four metrics' means: numbers, or arrays."""
     descriptive = (means["rouge_1"] + means["bertscore"] + means["bleurt"]) / 3
     return dict(zip(FINALS, (descriptive, (means["exact_match"] + descriptive) / 2), strict=True))
 
@@ -215,22 +215,8 @@ def _resampled(
     import numpy as np
 
     keys = [key for metric, key in METRICS.items() if metric in metrics]
-    rng, records = np.random.default_rng(seed), len(matrices[0])
-    means = [np.zeros((RESAMPLES, len(keys))) for _ in matrices]
-    for resample in range(RESAMPLES if records else 0):
-        rows = rng.integers(records, size=records)
-        for matrix, mean in zip(matrices, means, strict=True):
-            drawn = matrix[rows]
-            mean[resample] = np.nansum(drawn, axis=0) / np.maximum(1, np.sum(~np.isnan(drawn), axis=0))
-    found = []
-    for mean in means:
-        columns = {key: mean[:, place] for place, key in enumerate(keys)}
-        found.append({**columns, **_finals(columns)} if len(keys) == len(METRICS) else columns)
-    return found
-
-
-def _percentiles(values: "NDArray[np.float64]") -> "NDArray[np.float64]":
-    import numpy as np
-
-    bounds: NDArray[np.float64] = np.percentile(values, [2.5, 97.5])
-    return bounds
+    resampled = []
+    for means in np.hsplit(resampled_means(np.hstack(matrices), seed), len(matrices)):
+        columns = dict(zip(keys, means.T, strict=True))
+        resampled.append({**columns, **final_scores(columns)} if len(keys) == len(METRICS) else columns)
+    return resampled

@@ -4,7 +4,7 @@
 
 BLEURT reads ``[CLS] reference [SEP] candidate [SEP]`` (token types 0 and 1) and regresses one number from the pooled
 first token. BLEURT-20 is a RemBERT, so transformers' own model holds the converted checkpoint after its weights are
-renamed; the older checkpoints are BERTs. Two choices follow Google's code, which the contest runs:
+renamed. Two choices follow Google's code, which the contest runs:
 
 - Truncation: while reference and candidate are longer than 512 tokens less three, the longer one loses its last
   token, the candidate if they are equally long.
@@ -13,7 +13,7 @@ renamed; the older checkpoints are BERTs. Two choices follow Google's code, whic
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,7 +42,6 @@ class BLEURT(PairScorer):
         model: hub id or folder of a checkpoint in the converted layout (``bleurt.…`` keys) or transformers' own.
         device: ``cpu``, ``cuda`` or ``auto``; on a 16 GB card that also trains, the CPU keeps 2.3 GB off it.
         dtype: of weights and activations; float32 for a score that is reported.
-        max_length: tokens of a pair. Google's older checkpoints named ``…-128`` were trained with 128.
         gelu: which GELU (see the module).
 
     Raises:
@@ -56,7 +55,6 @@ class BLEURT(PairScorer):
         device: str = "auto",
         dtype: str = "float32",
         gelu: Literal["tanh", "erf"] = "tanh",
-        max_length: int = MAX_TOKENS,
     ) -> None:
         config_file = model_file(model, "config.json")
         weights_file = model_file(model, "model.safetensors", "pytorch_model.bin")
@@ -64,7 +62,7 @@ class BLEURT(PairScorer):
         import torch
 
         try:
-            encode, self._cls, self._sep, pieces = _load_tokenizer(model)
+            pieces, self._cls, self._sep = _load_pieces(model)
             settings = json.loads(config_file.read_text("utf-8"))
             if weights_file.suffix == ".safetensors":
                 from safetensors.torch import load_file
@@ -77,14 +75,14 @@ class BLEURT(PairScorer):
         except Exception as error:  # each reader has errors of its own for a damaged file
             raise InputError(f"{model}: is damaged ({str(error).strip()[:200]}); download it again") from None
         network = _build(model, settings, weights, getattr(torch, dtype), _ACTIVATIONS[gelu])
-        if pieces > network.config.vocab_size:
+        if pieces.GetPieceSize() > network.config.vocab_size:
             raise InputError(
-                f"{model}: its vocabulary has {pieces} entries, its weights {network.config.vocab_size}; they "
-                "are of different checkpoints"
+                f"{model}: its vocabulary has {pieces.GetPieceSize()} entries, its weights "
+                f"{network.config.vocab_size}; they are of different checkpoints"
             )
-        self._encode = lru_cache(maxsize=4_096)(encode)
+        self._encode = lru_cache(maxsize=4_096)(pieces.EncodeAsIds)
         self._hold(network)
-        self._limit = min(max_length, network.config.max_position_embeddings)
+        self._limit = min(MAX_TOKENS, network.config.max_position_embeddings)
 
     def _score_new(self, pairs: Sequence[Pair]) -> list[float]:
         import torch
@@ -133,35 +131,27 @@ def truncated(reference: int, candidate: int, limit: int) -> tuple[int, int]:
 def _build(
     name: str, settings: dict[str, Any], weights: dict[str, "torch.Tensor"], dtype: "torch.dtype", activation: str
 ) -> Any:  # noqa: ANN401 -- a transformers model
-    """Put a checkpoint's weights into transformers' RemBERT, or BERT where there is no embedding projection."""
-    import transformers
+    """Put a checkpoint's weights into transformers' RemBERT."""
+    from transformers import RemBertConfig, RemBertForSequenceClassification
 
-    projected = any("embedding_projection." in key or "embedding_hidden_mapping_in." in key for key in weights)
-    family = "rembert." if projected else "bert."
     renamed = {
-        key.replace("embedding_projection.", "embedding_hidden_mapping_in.").replace("bleurt.", family): value
+        key.replace("embedding_projection.", "embedding_hidden_mapping_in.").replace("bleurt.", "rembert."): value
         for key, value in weights.items()
         if not key.endswith("embeddings.position_ids")
     }
     shapes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     others = ("max_position_embeddings", "type_vocab_size", "layer_norm_eps")
-    missing = [key for key in shapes if key not in settings]
+    embedding = settings.get("input_embedding_size") or settings.get("embedding_size")
+    missing = [key for key in shapes if key not in settings] + ([] if embedding else ["embedding_size"])
     if missing:
-        raise InputError(f"{name}: its config.json has no {', '.join(missing)}; download it again")
-    known = {key: settings[key] for key in (*shapes, *others) if key in settings}
-    if projected:
-        embedding = settings.get("input_embedding_size") or settings.get("embedding_size")
-        if embedding is None:
-            raise InputError(f"{name}: its config.json has no embedding_size; download it again")
-        known["input_embedding_size"] = embedding
-    config_kind: Any = transformers.RemBertConfig if projected else transformers.BertConfig
-    kind: Any = (
-        transformers.RemBertForSequenceClassification if projected else transformers.BertForSequenceClassification
-    )
+        raise InputError(f"{name}: its config.json has no {', '.join(missing)}; is it BLEURT-20? Download it again")
+    known: dict[str, Any] = {key: settings[key] for key in (*shapes, *others) if key in settings}
+    known |= {"input_embedding_size": embedding, "hidden_act": activation, "num_labels": 1}
+    kind: Any = RemBertForSequenceClassification
     try:
-        config = config_kind(**known, hidden_act=activation, num_labels=1)
+        config = RemBertConfig(**known)
         with quiet_loading():
-            model, found = kind.from_pretrained(
+            model, report = kind.from_pretrained(
                 None,
                 config=config,
                 state_dict=renamed,
@@ -172,39 +162,24 @@ def _build(
     except Exception as error:  # a wrong type in the config is an error class of its own
         raise InputError(f"{name}: its weights do not fit its config.json ({str(error).strip()[:200]})") from None
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(key if isinstance(key, str) else key[0] for key in found[what])
+        keys = sorted(key if isinstance(key, str) else key[0] for key in report[what])
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise InputError(f"{name}: is not a BLEURT checkpoint ({what.replace('_', ' ')}: {shown})")
     return model
 
 
-def _load_tokenizer(model: str) -> tuple[Callable[[str], list[int]], int, int, int]:
-    """Return the text encoder, the ids of [CLS] and [SEP], and the vocabulary's size.
+def _load_pieces(model: str) -> tuple[Any, int, int]:
+    """Return the SentencePiece model, which is called as Google's code calls it, and the ids of [CLS] and [SEP]."""
+    from sentencepiece import SentencePieceProcessor
 
-    SentencePiece is called as Google's code calls it; the older checkpoints have WordPiece.
-    """
-    vocabulary = model_file(model, "spm.model", "sent_piece.model", "sentencepiece.model", "tokenizer.json")
-    if vocabulary.suffix == ".model":
-        from sentencepiece import SentencePieceProcessor
-
-        pieces = SentencePieceProcessor()
-        pieces.Load(str(vocabulary))
-        marks = [pieces.PieceToId(mark) for mark in ("[CLS]", "[SEP]")]
-        if pieces.unk_id() in marks:
-            raise InputError(f"{vocabulary}: has no [CLS] or [SEP]; this is not BLEURT's vocabulary")
-        return pieces.EncodeAsIds, marks[0], marks[1], pieces.GetPieceSize()
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_file=str(vocabulary), cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", pad_token="[PAD]"
-    )
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
-    cls, sep = (int(tokenizer.convert_tokens_to_ids(mark)) for mark in ("[CLS]", "[SEP]"))
-    return encode, cls, sep, len(tokenizer)
+    vocabulary = model_file(model, "spm.model", "sent_piece.model", "sentencepiece.model")
+    pieces = SentencePieceProcessor()
+    pieces.Load(str(vocabulary))
+    cls, sep = (pieces.PieceToId(mark) for mark in ("[CLS]", "[SEP]"))
+    if pieces.unk_id() in (cls, sep):
+        raise InputError(f"{vocabulary}: has no [CLS] or [SEP]; this is not BLEURT's vocabulary")
+    return pieces, cls, sep
 
 
 @click.command(cls=Command)

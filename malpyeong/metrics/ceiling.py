@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from malpyeong.contest.answer import answer_grammar, format_problem, parse_answer, quote
+from malpyeong.contest.answer import format_problem, parse_answer, quote
+from malpyeong.contest.grammar import answer_grammar
 from malpyeong.contest.question import options, verdicts
 from malpyeong.contest.records import Record
 from malpyeong.contest.repair import finish, repair

@@ -4,22 +4,25 @@ Training: Unsloth where a GPU that it supports and the package are present, else
 (QLoRA) works on both, on a CPU too.
 """
 
-import difflib
-import functools
 import hashlib
 import importlib.util
-import json
 import logging
-import re
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from malpyeong.errors import InputError
-from malpyeong.files import digest, missing_cure, nfd_twin, write_text
+from malpyeong.models.adapter import (
+    adapter_folder,
+    check_adapter,
+    check_fit,
+    check_lora,
+    check_pair,
+    check_target_modules,
+    put_adapter,
+)
 from malpyeong.models.environment import keep_compiled_code, version_problems
 from malpyeong.models.memory import VLLM_SHARE, Backend
+from malpyeong.models.tokenizer import load_tokenizer, not_found
 
 if TYPE_CHECKING:
     import torch
@@ -152,73 +155,6 @@ def tokenizer_for_prediction(name: str, adapter: str | None = None) -> "PreTrain
     return load_tokenizer(str(folder) if own else name)
 
 
-def put_adapter(base: Any, adapter: str | Path, is_trainable: bool = False) -> Any:  # noqa: ANN401 -- PEFT models
-    """Put a saved LoRA adapter on a base model.
-
-    Raises:
-        InputError: the adapter does not fit this base.
-    """
-    from peft import PeftModel
-
-    try:
-        model = PeftModel.from_pretrained(base, str(adapter_folder(adapter)), is_trainable=is_trainable)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise _does_not_fit(adapter, str(error).strip()[:200]) from None
-    _check_fit(model, adapter)
-    return model
-
-
-def _check_fit(model: Any, adapter: str | Path) -> None:  # noqa: ANN401 -- a PeftModel
-    """Make sure that all of an adapter's weights have found their place: PEFT passes over those that do not."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    held = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in name}
-    with safe_open(adapter_folder(adapter) / "adapter_model.safetensors", "numpy") as file:
-        saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 -- not a mapping
-    if len(held) != len(saved):
-        first = min(held ^ saved)
-        raise _does_not_fit(adapter, f"{len(saved)} weights for {len(held)} places; only one of the two has {first}")
-
-
-def _does_not_fit(adapter: str | Path, reason: str) -> InputError:
-    return InputError(f"{adapter}: does not fit the base model ({reason}); was it trained on another one?")
-
-
-def check_target_modules(base: Any, names: Sequence[str]) -> None:  # noqa: ANN401 -- any torch module
-    """Make sure that LoRA goes on every module that a recipe names; PEFT passes over names that match none.
-
-    Raises:
-        InputError: a name matches no layer, or a layer whose adapter would not be trained or could not be merged.
-    """
-    layers = {
-        name: module
-        for name, module in base.named_modules()
-        if getattr(module, "weight", None) is not None and module.weight.dim() > 1
-    }
-    ends = sorted({name.rpartition(".")[2] for name in layers})
-    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    for wanted in names:
-        found = [module for name, module in layers.items() if name == wanted or name.endswith(f".{wanted}")]
-        if not found:
-            nearest = difflib.get_close_matches(wanted, ends, n=3, cutoff=0.5) or ends
-            raise InputError(
-                f"model.lora.target_modules: this model has no layer {wanted}; nearest: {', '.join(nearest)}"
-            )
-        if output is None:
-            continue
-        if output in found:
-            raise InputError(
-                f"model.lora.target_modules: {wanted}: the loss reads this layer's own weights, piece by piece, so "
-                "that an adapter on it would not be trained; leave it out"
-            )
-        if base.get_input_embeddings() in found and base.config.get_text_config().tie_word_embeddings:
-            raise InputError(
-                f"model.lora.target_modules: {wanted} shares its weights with the output layer in this model, so that "
-                "an adapter on it could not be merged; leave it out"
-            )
-
-
 def load_base(name: str, dtype: "torch.dtype", load_in_4bit: bool = False) -> "PreTrainedModel":
     """Load causal-LM weights from a folder or the hub, 4-bit NF4 with double quantisation if asked.
 
@@ -241,7 +177,7 @@ def load_base(name: str, dtype: "torch.dtype", load_in_4bit: bool = False) -> "P
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise _not_found(name, error) from None
+        raise not_found(name, error) from None
     keep_cpu_4bit_weights_differentiable(model)
     return model
 
@@ -256,102 +192,6 @@ def keep_cpu_4bit_weights_differentiable(model: Any) -> None:  # noqa: ANN401 --
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def load_tokenizer(
-    name: str, eos_token: str | None = None, pad_token: str | None = None, tokenizer_json: bool = False
-) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer that pads on the left, whose pad token is not its eos token, and whose template knows no today.
-
-    Args:
-        name: folder or hub id.
-        eos_token: ends an answer, instead of the tokenizer's own.
-        pad_token: pads, instead of the tokenizer's own.
-        tokenizer_json: read ``tokenizer.json`` as it is, whatever class transformers has for the architecture.
-
-    Raises:
-        InputError: not found, no chat template, no eos token, no token to pad with, or a stated one is unknown.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    try:
-        # Of a folder that was saved from such a tokenizer, AutoTokenizer would again look at the architecture alone.
-        declared = get_tokenizer_config(name).get("tokenizer_class")
-        as_is = tokenizer_json or declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        kind: Any = PreTrainedTokenizerFast if as_is else AutoTokenizer
-        tokenizer = kind.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise _not_found(name, error) from None
-    for key, token in (("eos_token", eos_token), ("pad_token", pad_token)):
-        if token is None:
-            continue
-        if token not in tokenizer.get_vocab():
-            known = ", ".join(sorted(set(tokenizer.all_special_tokens))[:10])
-            raise InputError(f"{name}: model.{key} {token} is not a token of this model; its special tokens: {known}")
-        setattr(tokenizer, key, token)
-    if not tokenizer.chat_template:
-        raise InputError(f"{name}: the tokenizer has no chat template; use the instruct version of the model")
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{name}: the tokenizer has no eos token; generation would never stop")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        spare = next((token for token in _SPARE_TOKENS if _is_spare(tokenizer, token)), None)
-        if spare is None:
-            raise InputError(
-                f"{name}: pad and eos are the same token and no spare one is known; training would unlearn to "
-                "stop. Name a token that no text contains with model.pad_token"
-            )
-        tokenizer.pad_token = spare
-    tokenizer.chat_template = _without_today(tokenizer.chat_template)
-    tokenizer.padding_side = "left"
-    loaded: PreTrainedTokenizerBase = tokenizer
-    return loaded
-
-
-def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, texts: Sequence[str] = ()) -> None:
-    """Save a tokenizer so that programs of transformers 4's time load it too, if they read ``texts`` as it does."""
-    from tokenizers import Tokenizer
-
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return
-    alone = Tokenizer.from_file(str(path))
-    if all(
-        alone.encode(text, add_special_tokens=False).ids == list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in texts
-    ):
-        name_old_tokenizer_class(folder)
-
-
-def name_old_tokenizer_class(folder: Path) -> None:
-    """Give a saved tokenizer the names of transformers 4, which version 5 knows too.
-
-    Version 5 writes ``TokenizersBackend`` for what reads ``tokenizer.json`` as it is, and calls additional special
-    tokens extra ones: there transformers 4, vLLM and llama.cpp's converter of its time stop.
-    """
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text("utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    write_text(path, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
-
-
-_SPARE_TOKENS = ("<|endoftext|>", "<|pad|>", "<pad>", "<|finetune_right_pad_id|>", "<|end_of_text|>")
-
-# Templates ask transformers for today's date by this function. A macro of the same name takes its place, in the
-# template itself, so that every program that renders it sees the same prompt on every day.
-_FROZEN_DATE = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
-
-
-def _without_today(template: str | dict[str, str]) -> str | dict[str, str]:
-    if isinstance(template, dict):
-        return {name: str(_without_today(text)) for name, text in template.items()}
-    if "strftime_now" not in template or template.startswith(_FROZEN_DATE):
-        return template
-    return _FROZEN_DATE + template
 
 
 def set_generation_config(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: ANN401 -- a causal LM
@@ -391,83 +231,6 @@ def _with_eos(tokenizer: "PreTrainedTokenizerBase", named: int | list[int] | Non
     return [eos, *(token for token in others if token != eos)]
 
 
-def check_adapter(adapter: str | Path | None) -> dict[str, Any]:
-    """Make sure that a named adapter folder holds a whole adapter and return its configuration.
-
-    Raises:
-        InputError: it does not.
-    """
-    if adapter is None:
-        return {}
-    from safetensors import SafetensorError, safe_open
-
-    folder = adapter_folder(adapter)
-    weights = folder / "adapter_model.safetensors"
-    try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        with safe_open(weights, "numpy"):
-            pass
-    except OSError:
-        if (folder / "adapter_model.bin").exists():
-            code = (
-                "import sys, torch; from safetensors.torch import save_file; "
-                "save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])"
-            )
-            raise InputError(
-                f"{adapter}: holds adapter_model.bin, the format of old versions of PEFT; write it again with: "
-                f"{shlex.join(['python', '-c', code, str(folder / 'adapter_model.bin'), str(weights)])}"
-            ) from None
-        cure = missing_cure(folder) if nfd_twin(folder) else "train it first (make sft-NAME, or recipes/sft.py)"
-        raise InputError(f"{adapter}: holds no adapter; {cure}") from None
-    except (ValueError, SafetensorError) as error:
-        raise InputError(f"{adapter}: the adapter is damaged ({error}); train or copy it again") from None
-    return config
-
-
-def adapter_folder(adapter: str | Path) -> Path:
-    """Return the folder of a named adapter; one with the name of a hub id that is no folder is fetched from the hub.
-
-    Raises:
-        InputError: the hub does not have it, or cannot be reached.
-    """
-    if Path(adapter).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(adapter)):
-        return Path(adapter)
-    try:
-        return _fetch(str(adapter))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{adapter}: there is no such folder, and no adapter can be fetched from the hub by this name "
-            f"({type(error).__name__}); give the adapter's folder, or a hub id while online"
-        ) from None
-
-
-@functools.cache
-def _fetch(adapter: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["adapter_config.json", "adapter_model.*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja"]
-    return Path(snapshot_download(adapter, allow_patterns=wanted))
-
-
-def check_pair(name: str, adapter: str | Path | None) -> None:
-    """Make sure that an adapter is not put on a model that it, or one like it, has been merged into.
-
-    Raises:
-        InputError: it has, by what ``malpyeong.export`` wrote into the model's folder.
-    """
-    try:
-        made_of = json.loads((Path(name) / "export.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return
-    if adapter is None:
-        return
-    cure = f"leave the adapter out, or put it on {made_of.get('base')}"
-    if digest(adapter_folder(adapter) / "adapter_model.safetensors") == made_of.get("adapter_sha256"):
-        raise InputError(f"{name}: has {adapter} merged into it already; {cure}")
-    if check_adapter(adapter).get("base_model_name_or_path") == made_of.get("base"):
-        raise InputError(f"{name}: has an adapter merged into it, and {adapter} was trained without that one; {cure}")
-
-
 def weight_files_digest(name: str) -> str | None:
     """Return a digest that tells a model's weights from others', under whatever name; None if they are not here.
 
@@ -485,47 +248,15 @@ def weight_files_digest(name: str) -> str | None:
             return None
         folder = Path(cached).parent
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    found = hashlib.sha256()
+    pieces = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
-        found.update(str(size).encode())
+        pieces.update(str(size).encode())
         with path.open("rb") as file:
             for start in range(0, size, max(1 << 14, size >> 6)):
                 file.seek(start)
-                found.update(file.read(1 << 14))
-    return found.hexdigest() if files else None
-
-
-def check_lora(model: "ModelBlock") -> None:
-    """Make sure that a recipe's LoRA block describes the adapter that it starts from.
-
-    Raises:
-        InputError: rank, alpha or target modules differ.
-    """
-    if model.adapter is None:
-        return
-    config = check_adapter(model.adapter)
-    check_pair(model.name, model.adapter)
-    stated = {"r": model.lora.r, "lora_alpha": model.lora.alpha, "target_modules": set(model.lora.target_modules)}
-    for key, value in stated.items():
-        found = config.get(key)
-        found = set(found) if isinstance(found, list) else found
-        if found != value:
-            raise InputError(
-                f"{model.adapter}: was trained with {key}={found}, model.lora says {value}; make them agree"
-            )
-
-
-def base_of_adapter(adapter: str | Path) -> str:
-    """Return the base model's name that an adapter was trained on.
-
-    Raises:
-        InputError: the adapter does not say.
-    """
-    name = check_adapter(adapter).get("base_model_name_or_path")
-    if not name:
-        raise InputError(f"{adapter}: does not say which base model it was trained on; name it with --base")
-    return str(name)
+                pieces.update(file.read(1 << 14))
+    return pieces.hexdigest() if files else None
 
 
 def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, use_vllm: bool) -> tuple[Any, Any]:
@@ -560,7 +291,7 @@ def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, 
             max_seq_length=model.max_length,
         )
     else:
-        _check_fit(loaded, model.adapter)
+        check_fit(loaded, model.adapter)
     tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
     set_generation_config(loaded, tokenizer)
     return loaded, tokenizer
@@ -586,17 +317,3 @@ def check_vllm(model: "ModelBlock", use_vllm: bool) -> None:
             "training.use_vllm: without Unsloth, vLLM cannot take over 4-bit weights; set model.load_in_4bit=false, or "
             + cure
         )
-
-
-def _is_spare(tokenizer: "PreTrainedTokenizerBase", token: str) -> bool:
-    return token in tokenizer.get_vocab() and token not in (tokenizer.unk_token, tokenizer.eos_token)
-
-
-def _not_found(name: str, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if name.count("/") > 1 and not Path(name).exists():  # not a hub id, about whose form the reason would be
-        reason = f"no such folder; {missing_cure(Path(name))}"
-    return InputError(
-        f"{name}: cannot be loaded as a model ({reason[:200]}); give a folder with config.json and weights, or a "
-        "hub id while online"
-    )

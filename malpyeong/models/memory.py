@@ -8,10 +8,11 @@ optimizer, scorers, vLLM's share) are added up; of the two moments that alternat
 ``tests/models/test_memory.py`` compares it with the peak that TRL's trainers reach on a CPU, and, for Unsloth, with
 the peaks that were measured on a GPU (``benchmarks/results/``); how vLLM's share adds up has not been measured.
 
-    python -m malpyeong.models.memory recipes/[!t]*/grpo.yaml     (a table of recipes and cards)
+    python -m malpyeong.models.memory recipes/grpo.yaml recipes/models/*.yaml     (a table of models and cards)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -395,6 +396,18 @@ def shape_of(name: str) -> ModelShape | None:
         return ModelShape.of(AutoConfig.from_pretrained(name))
     except (OSError, ValueError, AttributeError):
         return SHAPES.get(name)
+
+
+@contextmanager
+def out_of_memory(advice: str, error: type[click.ClickException] = InputError) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error into ``error``, one line with the measured peak and ``advice``."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        peak, whole = torch.cuda.max_memory_allocated() / GIB, torch.cuda.mem_get_info()[1] / GIB
+        raise error(f"the GPU's memory does not suffice (peak {peak:.1f} GiB of {whole:.1f}); {advice}") from None
 
 
 def _levers(recipe: "SFTRecipe | GRPORecipe") -> list[dict[str, Any]]:

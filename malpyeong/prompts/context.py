@@ -45,6 +45,9 @@ class Context:
         return replace(self, rules=self.rules[:-1])
 
 
+NO_CONTEXT = Context()
+
+
 def load_contexts(path: str | Path, records: Sequence[Record], choose: bool = False) -> list[Context]:
     """Read the contexts of ``records``, in their order; with ``choose`` their rules, to choose among.
 

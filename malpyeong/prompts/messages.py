@@ -8,7 +8,7 @@ from malpyeong.contest.answer import INSTRUCTION
 from malpyeong.contest.records import Record
 from malpyeong.contest.rulebook import Rule
 from malpyeong.prompts import rule_choice as choice
-from malpyeong.prompts.context import Context
+from malpyeong.prompts.context import NO_CONTEXT, Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,20 +52,22 @@ class Prompt:
     """One record's prompt, rendered once.
 
     Attributes:
+        record: the question.
         context: what stands in it beside the question.
         messages: for the chat template.
         ids: its tokens, up to where the assistant begins to write.
     """
 
+    record: Record
     context: Context
     messages: list[Message]
     ids: list[int]
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context) -> Prompt:
+def render(tokenizer: "PreTrainedTokenizerBase", record: Record, context: Context = NO_CONTEXT) -> Prompt:
     """Return the prompt of ``record`` with all of ``context``."""
     messages = context_messages(record, context)
-    return Prompt(context, messages, prompt_ids(tokenizer, messages))
+    return Prompt(record, context, messages, prompt_ids(tokenizer, messages))
 
 
 def fit_prompts(

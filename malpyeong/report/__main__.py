@@ -67,10 +67,7 @@ def run(run: Path, output: Path) -> None:
 def _check_output(output: Path, *sources: Path | None) -> None:
     if output.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{output}: name an .html file")
-    for source in sources:
-        if source and output.exists() and source.exists() and output.samefile(source):
-            raise InputError(f"{output}: would overwrite an input file; choose another name")
-    check_writable(output)
+    check_writable(output, *sources)
 
 
 if __name__ == "__main__":

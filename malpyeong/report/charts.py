@@ -56,8 +56,8 @@ class Chart:
     def in_words(self) -> str:
         """What the lines say, for those who do not see them."""
         return "; ".join(
-            f"{line.name}: {line.steps[0]}단계 {number(line.values[0])}, "
-            f"{line.steps[-1]}단계 {number(line.values[-1])}, 최소 {number(min(line.values))}, "
+            f"{line.name}: step {line.steps[0]}에서 {number(line.values[0])}, "
+            f"step {line.steps[-1]}에서 {number(line.values[-1])}, 최소 {number(min(line.values))}, "
             f"최대 {number(max(line.values))}"
             for line in self.lines
         )

@@ -22,30 +22,6 @@ _NAMES = {
     "bleurt": "BLEURT",
 }
 
-# How `format_problem` begins → the same in Korean.
-_FORMAT_PROBLEMS = {
-    "empty answer": "빈 답",
-    "a <think> block": "<think>가 남아 있음",
-    "code fence": "코드 울타리(```)로 둘러쌈",
-    "more than one line": "여러 줄",
-    "space before or after": "답 앞이나 뒤에 빈칸",
-    "sentence is opened by": "곧은 큰따옴표로 시작하지 않음",
-    "text before the sentence": "문장 앞에 다른 말이 있음",
-    "cut off before the verdict": "판정(가 옳다)이 없음",
-    "verdict written with": "판정의 조사가 이/가가 아님",
-    "empty sentence": "빈 문장",
-    "verdict is not written exactly": '판정이 “"가 옳다.” 꼴이 아님',
-    "another sentence before": "옳은 문장 앞에 다른 문장이 있음(A가 아니라 B가 옳다)",
-    "space inside the quotes": "따옴표 안쪽에 빈칸",
-    "no reason": "이유가 없음",
-    "the contest's split falls elsewhere": "채점기가 다른 곳에서 나눔(또 다른 ‘가 옳다’)",
-    "reason is cut off": "이유가 끝맺지 못하고 끊김",
-    "reason has more than": "이유가 너무 김",
-    "reason repeats": "이유가 같은 말을 되풀이함",
-    "reason has syllables in pieces": "이유의 글자가 풀어져 있음(NFD)",
-    "reason is mostly loose jamo": "이유가 거의 낱자임",
-}
-
 # Runs of equal characters in two reasons that are shorter than this are chance.
 _SHORTEST_EQUAL_RUN = 3
 
@@ -84,7 +60,6 @@ class Entry:
     score: RecordScore
     category: str | None
     cause: Cause | None
-    format_problem: str | None
     reason_score: float | None
     gold: Side
     prediction: Side
@@ -126,7 +101,7 @@ def error_page(
         causes=causes.most_common(),
         categories=sorted({entry.category for entry in entries if entry.category}),
         types=[(row.name, row.averages["records"]) for row in rows if row.group == "유형"],
-        format_problems=Counter(entry.format_problem for entry in entries if entry.format_problem).most_common(),
+        format_problems=Counter(score.format_problem.korean for score in scores if score.format_problem).most_common(),
         wrong=sum(causes.values()),
         missing_reasons=sum(score.missing_reason for score in scores),
     )
@@ -157,7 +132,6 @@ def _entry(score: RecordScore, categories: Mapping[str, str] | None) -> Entry:
         score=score,
         category=_category_name(categories.get(score.record.id, "?")) if categories is not None else None,
         cause=find_cause(score.record, score.prediction),
-        format_problem=in_korean(score.format_problem) if score.format_problem else None,
         reason_score=fmean(known) if known else None,
         gold=gold,
         prediction=prediction,
@@ -176,8 +150,3 @@ def _sides(gold: tuple[str, str], prediction: tuple[str, str]) -> tuple[Side, Si
         for verdict, reason, whole in zip(verdicts, reasons, (gold, prediction), strict=True)
     )
     return first_side, second_side
-
-
-def in_korean(problem: str) -> str:
-    """Return what :func:`malpyeong.contest.answer.format_problem` says in Korean; what is not known here as it is."""
-    return next((korean for start, korean in _FORMAT_PROBLEMS.items() if problem.startswith(start)), problem)

@@ -19,18 +19,18 @@ MAX_SAMPLED_STEPS = 8
 _AVERAGED = 5  # logged steps at either end whose mean reward is compared
 # Name → key of the log (malpyeong.training.callbacks.StepClock).
 _SECONDS = {
-    "한 단계": "step_seconds",
+    "step": "step_seconds",
     "샘플링": "generate_seconds",
     "보상": "reward_seconds",
     "업데이트": "update_seconds",
 }
 _PEAKS = {"할당": "peak_allocated_gib", "예약": "peak_reserved_gib"}
-_PEAKS_NOTE = "GiB. 한 단계에서 가장 많을 때(torch의 할당기가 센 값)"
+_PEAKS_NOTE = "GiB. 한 step에서 가장 많을 때(torch의 할당기가 센 값)"
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A sampled answer.
+    """A sampled completion.
 
     Attributes:
         text: what the model wrote.
@@ -232,21 +232,21 @@ def _grpo_charts(run: Run) -> list[Chart]:
     return _charts(
         run,
         [
-            ("보상", "성분마다 한 단계의 평균", {name: f"rewards/{name}/mean" for name in run.weights}, 0),
-            ("보상의 합", f"가중치: {weights}", {"합": "reward"}, None),
+            ("보상", "보상마다 한 step의 평균", {name: f"rewards/{name}/mean" for name in run.weights}, 0),
+            ("보상의 가중합", f"가중치: {weights}", {"가중합": "reward"}, None),
             (
                 "그룹 안 표준편차",
-                "한 질문의 답들이 받은 보상의 표준편차. 0이면 그 성분에서 배울 것이 없음",
+                "한 그룹의 completion들이 받은 보상의 표준편차. 0이면 그 보상에서 배울 것이 없음",
                 {name: f"group_std/{name}" for name in run.weights},
                 0,
             ),
-            ("죽은 그룹", "모든 답의 보상이 같아 배울 것이 없는 그룹의 비율(dead groups)", {"비율": "dead_groups"}, 0),
-            ("답의 길이", "토큰 수", {**lengths, "가장 짧은 것": "completions/min_length"}, 0),
-            ("잘린 답", "길이 제한에 걸려 끝맺지 못한 답의 비율", {"비율": "completions/clipped_ratio"}, 0),
-            ("손실", "정책 손실. 작아져야 좋은 값이 아님", {"손실": "loss"}, None),
-            ("기울기 크기", "자르기 전의 노름", {"기울기": "grad_norm"}, 0),
-            ("엔트로피", "토큰마다 나트. 0에 가까우면 같은 답만 나옴", {"엔트로피": "entropy"}, 0),
-            ("한 단계에 걸린 시간", "초", _SECONDS, 0),
+            ("죽은 그룹", "dead groups: 보상이 모두 같아 배울 것이 없는 그룹의 비율", {"비율": "dead_groups"}, 0),
+            ("completion 길이", "토큰 수", {**lengths, "가장 짧은 것": "completions/min_length"}, 0),
+            ("잘린 completion", "길이 제한에 걸려 끝맺지 못한 비율", {"비율": "completions/clipped_ratio"}, 0),
+            ("손실", "정책 손실(policy loss). 작아져야 좋은 값이 아님", {"손실": "loss"}, None),
+            ("기울기 노름", "gradient norm, 클리핑 전", {"노름": "grad_norm"}, 0),
+            ("엔트로피", "토큰마다 nat. 0에 가까우면 같은 completion만 나옴", {"엔트로피": "entropy"}, 0),
+            ("step 시간", "초", _SECONDS, 0),
             ("GPU 메모리", _PEAKS_NOTE, _PEAKS, 0),
         ],
     )
@@ -257,11 +257,11 @@ def _sft_charts(run: Run) -> list[Chart]:
     return _charts(
         run,
         [
-            ("손실", "토큰마다 나트. dev가 다시 오르면 외우기 시작한 것", {"학습": "loss", "dev": "eval_loss"}, 0),
-            ("맞힌 토큰", "정답의 다음 토큰을 첫째로 꼽은 비율", accuracy, None),
-            ("기울기 크기", "자르기 전의 노름", {"기울기": "grad_norm"}, 0),
+            ("손실", "토큰마다 nat. dev가 다시 오르면 과적합(overfitting)", {"학습": "loss", "dev": "eval_loss"}, 0),
+            ("토큰 정확도", "정답의 다음 토큰을 첫째로 꼽은 비율", accuracy, None),
+            ("기울기 노름", "gradient norm, 클리핑 전", {"노름": "grad_norm"}, 0),
             ("학습률", "", {"학습률": "learning_rate"}, 0),
-            ("한 단계에 걸린 시간", "초", {"한 단계": "step_seconds"}, 0),
+            ("step 시간", "초", {"step": "step_seconds"}, 0),
             ("GPU 메모리", _PEAKS_NOTE, _PEAKS, 0),
         ],
     )
@@ -274,8 +274,8 @@ def _grpo_facts(run: Run) -> list[tuple[str, str, str]]:
     if rewards:
         ends = min(_AVERAGED, len(rewards))
         first, last = fmean(rewards[:ends]), fmean(rewards[-ends:])
-        facts.append(("보상의 합", f"{first:.2f} → {last:.2f}", f"처음과 마지막 {ends}개 기록의 평균"))
-    for name, key in (("죽은 그룹", "dead_groups"), ("잘린 답", "completions/clipped_ratio")):
+        facts.append(("보상의 가중합", f"{first:.2f} → {last:.2f}", f"처음과 마지막 {ends}개 기록의 평균"))
+    for name, key in (("죽은 그룹", "dead_groups"), ("잘린 completion", "completions/clipped_ratio")):
         values = _points(run.log, key)[1]
         if values:
             facts.append((name, f"{fmean(values):.1%}", f"마지막 {values[-1]:.1%}"))
@@ -285,9 +285,9 @@ def _grpo_facts(run: Run) -> list[tuple[str, str, str]]:
 def _cost_facts(run: Run) -> list[tuple[str, str, str]]:
     """Return what a step took and how much memory the fullest one needed."""
     facts, spent = [], {name: _points(run.log, key)[1] for name, key in _SECONDS.items()}
-    if seconds := spent.pop("한 단계"):
+    if seconds := spent.pop("step"):
         shares = [f"{name} {sum(values) / sum(seconds):.0%}" for name, values in spent.items() if values]
-        facts.append(("한 단계", f"{median(seconds):.1f}초", ", ".join(shares) or "중앙값"))
+        facts.append(("step 시간", f"{median(seconds):.1f}초", ", ".join(shares) or "중앙값"))
     if peaks := _points(run.log, _PEAKS["할당"])[1]:
         reserved = max(_points(run.log, _PEAKS["예약"])[1])
         facts.append(("GPU 메모리", f"{max(peaks):.1f} GiB", f"가장 많을 때. 예약 {reserved:.1f} GiB"))
@@ -299,7 +299,7 @@ def _sft_facts(run: Run) -> list[tuple[str, str, str]]:
     steps, losses = _points(run.log, "eval_loss")
     if losses:
         best = min(losses)
-        note = f"{steps[losses.index(best)]}단계. 처음 {losses[0]:.4f}, 마지막 {losses[-1]:.4f}"
+        note = f"step {steps[losses.index(best)]}. 처음 {losses[0]:.4f}, 마지막 {losses[-1]:.4f}"
         facts.append(("가장 낮은 dev 손실", f"{best:.4f}", note))
     training = _points(run.log, "loss")[1]
     if training:

@@ -58,16 +58,13 @@ def search(
         raise InputError("nothing to search in; name --rules or --examples")
     if label_file and not (rule_book and solved):
         raise InputError("--labels are rules of examples: name --rules and --examples too")
-    for path in (*questions, rule_book, solved, label_file):
-        if path is not None and path.exists() and output.exists() and output.samefile(path):
-            raise InputError(f"{output}: would overwrite an input; choose another name")
     records = [record for path in questions for record in load_records(path)]
     rules = load_rule_book(rule_book) if rule_book else []
     examples = load_records(solved, answers="gold") if solved else []
     labels = find_labels(label_file, examples) if label_file else []
     if any(labels):
         click.echo(f"{sum(label is not None for label in labels)} of {len(examples)} examples have a label")
-    check_writable(output)
+    check_writable(output, *questions, rule_book, solved, label_file)
     model = _reranker(reranker)
     found_rules: list[list[Any]] = [[] for _ in records]
     found_examples: list[list[Any]] = [[] for _ in records]

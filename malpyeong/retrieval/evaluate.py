@@ -17,6 +17,7 @@ from malpyeong.contest.question import read_record
 from malpyeong.contest.records import Record
 from malpyeong.contest.rulebook import Rule
 from malpyeong.errors import InputError, printable
+from malpyeong.metrics.bootstrap import interval, resampled_means
 from malpyeong.metrics.exact_match import exact_match
 from malpyeong.prompts.rule_choice import Labels
 from malpyeong.retrieval.bm25 import BM25, EditBM25
@@ -31,12 +32,11 @@ if TYPE_CHECKING:
 
 CUTS = (1, 3, 5, 10, 30)
 NDCG_CUT = 10
-RESAMPLES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A mean over questions with its 95 % bootstrap interval (percentiles; Efron & Tibshirani 1993)."""
+    """A mean over questions with its 95 % interval (see :mod:`malpyeong.metrics.bootstrap`)."""
 
     mean: float
     low: float
@@ -293,11 +293,7 @@ def check_labels(path: Path, labels: Mapping[str, str], records: Sequence[Record
 
 def measure(values: "NDArray[np.float64]") -> Measure:
     """Return the mean of a value for each question, and its interval."""
-    import numpy as np
-
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
-    return Measure(float(values.mean()), float(low), float(high))
+    return Measure(float(values.mean()), *interval(resampled_means(values[:, None])))
 
 
 def _expected_of_random(size: int, questions: int) -> dict[str, Measure]:

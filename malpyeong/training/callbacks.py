@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import click
 from transformers import ProgressCallback, TrainerCallback
 
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
-from malpyeong.models.memory import Backend, estimate_recipe, lever_text, shape_of
+from malpyeong.models.memory import GIB, Backend, estimate_recipe, lever_text, out_of_memory, shape_of
 from malpyeong.training.run import logged, weights_digest
 
 if TYPE_CHECKING:
@@ -213,8 +213,9 @@ def progress_line(step: int, logs: dict[str, Any]) -> str:
     return f"step {step}: {', '.join(parts)}" if parts else ""
 
 
-@contextmanager
-def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe | None, backend: Backend = "hf") -> Iterator[None]:
+def explain_out_of_memory(
+    recipe: SFTRecipe | GRPORecipe | None, backend: Backend = "hf"
+) -> AbstractContextManager[None]:
     """Turn a GPU's out-of-memory error into the measured peak and the lever to pull next.
 
     Args:
@@ -223,25 +224,15 @@ def explain_out_of_memory(recipe: SFTRecipe | GRPORecipe | None, backend: Backen
     """
     import torch
 
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        peak, whole = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.mem_get_info()[1] / 2**30
-        raise TrainingStoppedError(out_of_memory_text(recipe, backend, peak, whole)) from None
-
-
-def out_of_memory_text(recipe: SFTRecipe | GRPORecipe | None, backend: Backend, peak: float, whole: float) -> str:
-    """Return what to do after a run needed more than a card has, its peak and size in GiB."""
     shape = shape_of(recipe.model.name) if recipe else None
-    # The card was too small whatever the estimate says: aim for four fifths of what the estimate gives this recipe.
     if recipe is None:
         lever = "halve training.batch_size"
     elif shape is None:
         lever = "halve training.batch_size and double training.gradient_accumulation_steps"
     else:
-        aim = min(whole, 0.8 * estimate_recipe(recipe, shape, backend).peak / 2**30)
+        # The card was too small whatever the estimate says: aim for four fifths of what the estimate gives this recipe.
+        aim = 0.8 * estimate_recipe(recipe, shape, backend).peak / GIB
+        if torch.cuda.is_available():
+            aim = min(aim, torch.cuda.mem_get_info()[1] / GIB)
         lever = f"by the estimate, {lever_text(recipe, shape, backend, aim)}"
-    return (
-        f"the GPU's memory does not suffice (peak {peak:.1f} GiB of {whole:.1f}); {lever}; start again in another "
-        "folder (training.output=…)"
-    )
+    return out_of_memory(f"{lever}; start again in another folder (training.output=…)", TrainingStoppedError)

@@ -31,7 +31,7 @@ from malpyeong.models.memory import (
     shape_of,
     with_values,
 )
-from malpyeong.prompts.context import Context
+from malpyeong.prompts.context import NO_CONTEXT, Context
 from malpyeong.training.data import (
     Questions,
     check_lengths,
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 Level = Literal["ok", "warning", "error"]
 AnyRecipe = SFTRecipe | GRPORecipe
 
-_NO_CONTEXT = Context()
 NF4_ROWS = 16  # completions that Unsloth samples from NF4 weights in float16 without dequantising them for each token
 
 # What a tokenizer must give back as it was: compatibility jamo, old Hangul, hanja, IPA, quotes and dashes.
@@ -103,7 +102,8 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     Raises:
         InputError: a data file cannot be read.
     """
-    from malpyeong.models.load import check_vllm, load_tokenizer
+    from malpyeong.models.load import check_vllm
+    from malpyeong.models.tokenizer import load_tokenizer
 
     yield from _versions()
     yield from _card(recipe)
@@ -329,12 +329,12 @@ def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
 
 
 def examine_tokenizer(
-    tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], context: Context = _NO_CONTEXT
+    tokenizer: "PreTrainedTokenizerBase", records: Sequence[Record], context: Context = NO_CONTEXT
 ) -> Iterator[Finding]:
     """Yield whether prompts and answers become tokens, and text again, as training and the contest need it.
 
     Args:
-        tokenizer: from :func:`malpyeong.models.load.load_tokenizer`.
+        tokenizer: from :func:`malpyeong.models.tokenizer.load_tokenizer`.
         records: with answers; the first hundred are tried.
         context: of the first record, whose prompt is looked at.
     """
@@ -446,7 +446,7 @@ def _lengths(recipe: AnyRecipe, tokenizer: "PreTrainedTokenizerBase", questions:
         yield from _context(contexts, prompts, limit)
         if questions.mode == "choose_rule":
             yield from _share(labelled_share, questions.labels, prompts)
-        alone = max(len(render(tokenizer, record, _NO_CONTEXT).ids) for record in records)
+        alone = max(len(render(tokenizer, record).ids) for record in records)
         text = f"longest question alone {alone} tokens, {text}"
     if isinstance(recipe, GRPORecipe) and longest > recipe.training.max_completion_length:
         yield Finding(
@@ -497,7 +497,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
     training, weights = recipe.training, recipe.data.rewards
     questions = with_prompt_data(load_train(recipe.data), recipe.data)
     records = questions.records[:groups]
-    contexts = questions.contexts[:groups] if questions.contexts else [_NO_CONTEXT] * len(records)
+    contexts = questions.contexts[:groups] if questions.contexts else [NO_CONTEXT] * len(records)
     run = RewardRun(
         weights, training.num_generations, load_models(weights, recipe.data.scorers), training.min_group_std
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from malpyeong.config.recipe import REWARD_MODELS
 from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.metrics.aggregate import final_scores
 from malpyeong.metrics.exact_match import exact_match as score_exact_match
 from malpyeong.metrics.rouge import rouge_1 as score_rouge_1
 from malpyeong.prompts.rule_choice import choice_reward, split_choice
@@ -102,12 +103,8 @@ def official(
         bleurt(completions, reference, bleurt_model=bleurt_model),
         strict=True,
     )
-    finals: Rewards = []
-    for match, *of_reason in parts:
-        known = [value for value in of_reason if value is not None]
-        assert match is not None
-        finals.append((match + statistics.fmean(known)) / 2 if known else match)
-    return finals
+    names = ("exact_match", "rouge_1", "bertscore", "bleurt")
+    return [row[0] if None in row else final_scores(dict(zip(names, row, strict=True)))["final_score"] for row in parts]
 
 
 def choice(

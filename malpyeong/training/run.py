@@ -21,12 +21,14 @@ from typing import Any
 import click
 import yaml
 
-from malpyeong.config.gpu import Stage, preset
+from malpyeong.config.gpu import preset
 from malpyeong.config.load import upgrade
 from malpyeong.config.recipe import Block, GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
-from malpyeong.models.load import adapter_folder, check_adapter, save_tokenizer, weight_files_digest
+from malpyeong.models.adapter import adapter_folder, check_adapter
+from malpyeong.models.load import weight_files_digest
+from malpyeong.models.tokenizer import save_tokenizer
 
 PACKAGES = (
     "malpyeong",
@@ -63,8 +65,9 @@ FREE = (
 )
 MAX_STEPS = "training.max_steps"
 
-Inputs = Mapping[str, Path | list[Path] | str]
-"""What a run is made from: the recipe's key → its file, its files, or the name of a model."""
+Inputs = Mapping[str, str | list[str]]
+"""What a run is made from: the recipe's key → SHA-256 of its file, of each of its files, or of samples of a model's
+weights (:func:`digests`)."""
 
 
 def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path | None] | None:
@@ -79,15 +82,16 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path
     """
     output = Path(recipe.training.output)
     files = {name: getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels")}
-    inputs: dict[str, Path | list[Path] | str] = {f"data.{name}": Path(path) for name, path in files.items() if path}
+    made_of: dict[str, Path | list[Path] | str] = {f"data.{name}": Path(path) for name, path in files.items() if path}
     if recipe.model.adapter:
         check_adapter(recipe.model.adapter)
-        inputs["model.adapter"] = adapter_folder(recipe.model.adapter) / "adapter_model.safetensors"
-    inputs["model.name"] = recipe.model.name
+        made_of["model.adapter"] = adapter_folder(recipe.model.adapter) / "adapter_model.safetensors"
+    made_of["model.name"] = recipe.model.name
     scorers = getattr(recipe.data, "scorers", None)
     for name in ("bertscore", "bleurt"):
         if scorer := getattr(scorers, name, None):
-            inputs[f"data.scorers.{name}"] = scorer
+            made_of[f"data.scorers.{name}"] = scorer
+    inputs = digests(made_of)
     checkpoint = check_run(output, recipe, inputs, resume)
     if run_has_ended(output, recipe):
         click.echo(f"{output / 'adapter'}: this run has ended already")
@@ -101,7 +105,7 @@ def check_run(output: Path, recipe: Block, inputs: Inputs, resume: bool) -> Path
     Args:
         output: the run's folder, which need not exist.
         recipe: the resolved recipe.
-        inputs: what the run is made from; their digests must be those that an earlier start recorded.
+        inputs: what the run is made from, which must be what an earlier start recorded.
         resume: resume from the last complete checkpoint, if there is one.
 
     Returns:
@@ -121,10 +125,10 @@ def check_run(output: Path, recipe: Block, inputs: Inputs, resume: bool) -> Path
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     may_change = {*FREE, MAX_STEPS} if _has_constant_rate(recipe) else {*FREE}
     different = {key for key in changed if key not in may_change}
-    digests = _recorded_digests(output, before)
-    for key, value in _digests(inputs).items():
-        if key in digests:
-            (different.discard if digests[key] == value else different.add)(key)
+    recorded = _recorded_digests(output, before)
+    for key, value in inputs.items():
+        if key in recorded:
+            (different.discard if recorded[key] == value else different.add)(key)
     if different:
         raise _refusal(output, recipe, before, [key for key in {**before, **now} if key in different])
     checkpoint = last_checkpoint(output)
@@ -144,8 +148,7 @@ def _has_constant_rate(recipe: Any) -> bool:  # noqa: ANN401 -- any recipe
 def _refusal(output: Path, recipe: Block, before: Mapping[str, Any], different: Sequence[str]) -> InputError:
     """Return the error that names what is another and the overrides that keep it as it was."""
     now = _flat(recipe.model_dump(mode="json"))
-    stage: Stage = "grpo" if now["stage"] == "grpo" else "sft"
-    old_presets, presets = (_flat(preset(gpu, stage)) for gpu in (before.get("gpu"), now.get("gpu")))
+    old_presets, presets = (_flat(preset(gpu, now["stage"])) for gpu in (before.get("gpu"), now.get("gpu")))
     by_gpu = [
         key
         for key in different
@@ -196,7 +199,7 @@ def start_run(output: Path, recipe: Block, inputs: Inputs) -> None:
     Of a run that is resumed the versions stay; the adapter of one that had ended and is trained further moves to
     ``adapter-STEPS``.
     """
-    environment = {"versions": _versions(), "git": _git_revision(), "sha256": _digests(inputs)}
+    environment = {"versions": _versions(), "git": _git_revision(), "sha256": dict(inputs)}
     config = output / "config.yaml"
     if config.exists():
         environment = {**_environment(output), "sha256": environment["sha256"]}
@@ -322,16 +325,15 @@ def logged(row: Mapping[str, Any], key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _digests(inputs: Inputs) -> dict[str, Any]:
-    """Return the recipe's key → SHA-256 of its file, of each of its files, or of samples of a model's weights; a model
-    that is not on this machine is left out."""
+def digests(made_of: Mapping[str, Path | list[Path] | str]) -> Inputs:
+    """Return the digests of files and of named models by the recipe's key; a model that is not here is left out."""
 
     def of(value: Path | list[Path] | str) -> str | list[str] | None:
         if isinstance(value, str):
             return weight_files_digest(value)
         return digest(value) if isinstance(value, Path) else [digest(path) for path in value]
 
-    return {key: found for key, value in inputs.items() if (found := of(value)) is not None}
+    return {key: known for key, value in made_of.items() if (known := of(value)) is not None}
 
 
 def _recorded_digests(output: Path, before: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import unicodedata
 import llguidance
 import pytest
 
-from malpyeong.contest.answer import answer_grammar, reason_grammar
+from malpyeong.contest.grammar import answer_grammar, reason_grammar
 from malpyeong.contest.question import verdicts
 from malpyeong.contest.records import Record
 from malpyeong.contest.repair import finish, repair

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from malpyeong.contest.answer import contest_split, format_problem, parse_answer, quote, write_answer
+from malpyeong.contest.answer import FormatProblem, contest_split, format_problem, parse_answer, quote, write_answer
 from malpyeong.contest.particles import subject_particle
 from malpyeong.metrics.exact_match import exact_match
 from malpyeong.metrics.rouge import rouge_1
@@ -143,38 +143,37 @@ def test_subject_particle(text, particle):
         ('"갑이다." 혹은 "을이다."가 옳다. 이유다.', None),
         ('"가."가 옳다.이유다.', None),
         ('""배"가 아니라 "사과"를 샀다."가 옳다. 이유다.', None),
-        ('"배."가 아니라 "사과."가 옳다. 이유다.', "another sentence before"),
+        ('"배."가 아니라 "사과."가 옳다. 이유다.', FormatProblem.NOT_BUT),
         ('"배."가 아니라 "사과"를 샀다."가 옳다. 이유다.', None),  # quotes within a sentence are its own affair
         ("\"가.\"가 옳다. 그러므로 '나'가 옳다.", None),
-        ("", "empty"),
-        (" \n", "empty"),
-        ('<think>\n</think>"가."가 옳다. 이유다.', "<think>"),
-        ('```"가."가 옳다. 이유다.```', "code fence"),
-        ('"가."가 옳다.\n이유다.', "more than one line"),
-        (' "가."가 옳다. 이유다.', "space before"),
-        ("“가.”가 옳다. 이유다.", "straight double quote"),
-        ("'가.'가 옳다. 이유다.", "straight double quote"),
-        ('정답: "가."가 옳다. 이유다.', "text before"),
-        ('"가.', "cut off"),
-        ('"가."으가 옳다. 이유다.', "으가"),
-        ('"가."로 고쳐 쓴다. 이유다.', "로"),
-        ('""가 옳다. 이유다.', "empty sentence"),
-        ('" "가 옳다. 이유다.', "empty sentence"),
-        ('"가." 가 옳다. 이유다.', "verdict"),
-        ('"가."가 옳다.', "no reason"),
-        ('"가."가 옳다 이유다.', "verdict"),
-        ('"가."가 옳다. ', "space"),
-        ('" 가."가 옳다. 이유다.', "space inside"),
-        ("\"감.\"이 옳다. '나'가 옳다.", "split falls elsewhere"),
-        ('"가."가 옳다. .', "no reason"),
-        ('"가 옳다. 나."가 옳다. 이유다.', "split falls elsewhere"),
-        ('"가 옳다. "가 옳다. 이유다.', "space inside"),
-        ('"가."가 옳다. 이유는 의존 명', "cut off"),
+        ("", FormatProblem.EMPTY),
+        (" \n", FormatProblem.EMPTY),
+        ('<think>\n</think>"가."가 옳다. 이유다.', FormatProblem.THINKING),
+        ('```"가."가 옳다. 이유다.```', FormatProblem.CODE_FENCE),
+        ('"가."가 옳다.\n이유다.', FormatProblem.LINES),
+        (' "가."가 옳다. 이유다.', FormatProblem.OUTER_SPACE),
+        ("“가.”가 옳다. 이유다.", FormatProblem.OPENING_QUOTE),
+        ("'가.'가 옳다. 이유다.", FormatProblem.OPENING_QUOTE),
+        ('정답: "가."가 옳다. 이유다.', FormatProblem.TEXT_BEFORE),
+        ('"가.', FormatProblem.NO_VERDICT),
+        ('"가."으가 옳다. 이유다.', FormatProblem.PARTICLE),
+        ('"가."로 고쳐 쓴다. 이유다.', FormatProblem.PARTICLE),
+        ('""가 옳다. 이유다.', FormatProblem.EMPTY_SENTENCE),
+        ('" "가 옳다. 이유다.', FormatProblem.EMPTY_SENTENCE),
+        ('"가." 가 옳다. 이유다.', FormatProblem.VERDICT),
+        ('"가."가 옳다.', FormatProblem.NO_REASON),
+        ('"가."가 옳다 이유다.', FormatProblem.VERDICT),
+        ('"가."가 옳다. ', FormatProblem.OUTER_SPACE),
+        ('" 가."가 옳다. 이유다.', FormatProblem.INNER_SPACE),
+        ("\"감.\"이 옳다. '나'가 옳다.", FormatProblem.SPLIT),
+        ('"가."가 옳다. .', FormatProblem.NO_REASON),
+        ('"가 옳다. 나."가 옳다. 이유다.', FormatProblem.SPLIT),
+        ('"가 옳다. "가 옳다. 이유다.', FormatProblem.INNER_SPACE),
+        ('"가."가 옳다. 이유는 의존 명', FormatProblem.REASON_CUT_OFF),
     ],
 )
 def test_format_problem(text, problem):
-    found = format_problem(text)
-    assert found is None if problem is None else found is not None and problem in found
+    assert format_problem(text) is problem
 
 
 # Texts that look like answers, and texts that do not.

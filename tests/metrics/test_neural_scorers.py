@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from benchmarks.random_scorers import make_bleurt, make_encoder, make_old_bleurt, make_sentencepiece, sample_texts
+from benchmarks.random_scorers import make_bleurt, make_encoder, make_sentencepiece, sample_texts
 from malpyeong.errors import InputError
 from malpyeong.metrics.bertscore import BERTScore
 from malpyeong.metrics.bleurt import BLEURT, truncated
@@ -179,8 +179,8 @@ def test_batches_hold_every_index_once_and_fit(lengths, limit):
     assert all(len(batch) * max(lengths[i] for i in batch) <= limit for batch in found if len(batch) > 1)
 
 
-def test_old_bert_checkpoints_and_bin_files(tmp_path):
-    folder = make_old_bleurt(tmp_path / "bleurt-base-128")
+def test_a_bin_file_is_read(bleurt_folder, tmp_path):
+    folder = shutil.copytree(bleurt_folder, tmp_path / "copy")
     scores = BLEURT(str(folder)).score(*split(PAIRS))
     assert max(scores) - min(scores) > 1e-3
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -22,16 +22,9 @@ from malpyeong.contest.records import load_records
 from malpyeong.errors import InputError
 from malpyeong.export import export
 from malpyeong.export import main as export_command
-from malpyeong.models.load import (
-    check_adapter,
-    load_base,
-    load_for_prediction,
-    load_for_training,
-    load_tokenizer,
-    put_adapter,
-    save_tokenizer,
-    tokenizer_for_prediction,
-)
+from malpyeong.models.adapter import check_adapter, put_adapter
+from malpyeong.models.load import load_base, load_for_prediction, load_for_training, tokenizer_for_prediction
+from malpyeong.models.tokenizer import load_tokenizer, save_tokenizer
 from malpyeong.predict import main as predict_command
 from malpyeong.prompts.messages import build_messages, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
@@ -226,7 +219,8 @@ def test_an_adapter_by_its_hub_id(adapter, tmp_path):
     refs.mkdir()
     (refs / "main").write_text("0123abcd")
     code = (
-        "import sys; from malpyeong.models.load import load_for_prediction, base_of_adapter; "
+        "import sys; from malpyeong.models.adapter import base_of_adapter; "
+        "from malpyeong.models.load import load_for_prediction; "
         "print(base_of_adapter(sys.argv[2])); merged, _ = load_for_prediction(*sys.argv[1:3]); "
         "base, _ = load_for_prediction(sys.argv[1]); weights = dict(base.named_parameters()); "
         "print(sum(not weight.equal(weights[name]) for name, weight in merged.named_parameters()))"

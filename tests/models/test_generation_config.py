@@ -14,16 +14,10 @@ from malpyeong.config.recipe import SFTRecipe
 from malpyeong.contest.records import load_records
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.export import export
-from malpyeong.models.load import (
-    load_base,
-    load_for_prediction,
-    load_for_training,
-    load_tokenizer,
-    set_generation_config,
-    stop_tokens,
-)
+from malpyeong.models.load import load_base, load_for_prediction, load_for_training, set_generation_config, stop_tokens
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.predict import predict
-from malpyeong.prompts.messages import build_messages
+from malpyeong.prompts.messages import build_messages, render
 from malpyeong.samples import DATA, TINY_BASE
 
 QUESTIONS = load_records(DATA / "test_questions.json")[:4]
@@ -82,8 +76,9 @@ def test_other_stop_tokens_stay(tmp_path):
 @pytest.mark.parametrize("constrained", [False, True])
 def test_predictions_are_the_same(leaky, constrained):
     decoding = Decoding(constrained, max_new_tokens=64)
+    prompts = [render(load_tokenizer(str(TINY_BASE)), record) for record in QUESTIONS]
     answers = [
-        dict(predict(TransformersEngine(*load_for_prediction(name), decoding), QUESTIONS))
+        dict(predict(TransformersEngine(*load_for_prediction(name), decoding), prompts))
         for name in (str(TINY_BASE), leaky)
     ]
     assert answers[0] == answers[1]

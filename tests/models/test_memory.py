@@ -13,8 +13,9 @@ from malpyeong.config.gpu import USABLE_GIB
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.contest.records import load_records
-from malpyeong.models.load import load_for_training, load_tokenizer
+from malpyeong.models.load import load_for_training
 from malpyeong.models.memory import GIB, SHAPES, VLLM_SHARE, ModelShape, estimate, estimate_recipe, next_lever
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.prompts.messages import prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.data import Questions, grpo_dataset, sft_dataset

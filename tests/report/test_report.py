@@ -1,8 +1,6 @@
 """The error page: causes, marked differences, and the page itself in a real browser."""
 
-import ast
 import html
-import inspect
 import json
 import re
 from pathlib import Path
@@ -11,14 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malpyeong.contest import answer as answer_module
-from malpyeong.contest.answer import format_problem
 from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.metrics.aggregate import score_records
 from malpyeong.metrics.exact_match import exact_match
 from malpyeong.report.causes import Cause, find_cause
 from malpyeong.report.charts import chart, number
-from malpyeong.report.error_page import error_page, in_korean
+from malpyeong.report.error_page import error_page
 from malpyeong.report.text import MAX_SHOWN_CHARS, differences, visible
 from malpyeong.samples import DATA
 
@@ -143,17 +139,6 @@ def test_visible_text_is_escaped_and_complete(text, spaces):
     bare = re.sub(r'<b class="code">U\+([0-9A-F]{4,})</b>', lambda found: chr(int(found[1], 16)), bare)
     assert "<" not in bare
     assert html.unescape(bare) == text
-
-
-def test_every_format_problem_has_korean_words():
-    source = ast.parse(inspect.getsource(answer_module))
-    functions = [node for node in source.body if getattr(node, "name", "") in ("format_problem", "_reason_problem")]
-    returned = [node.value for function in functions for node in ast.walk(function) if isinstance(node, ast.Return)]
-    for value in returned:
-        first = value.values[0] if isinstance(value, ast.JoinedStr) else value
-        if isinstance(first, ast.Constant) and first.value:
-            assert in_korean(first.value) != first.value
-    assert in_korean(format_problem("")) == "빈 답"
 
 
 def test_chart_leaves_out_what_is_no_number_and_keeps_its_ticks_round():

@@ -9,7 +9,7 @@ from benchmarks.gpu_check import Check, Step, limits, speed, table
 from malpyeong.config.load import read_recipe
 from malpyeong.config.recipe import PromptData
 from malpyeong.contest.records import load_records
-from malpyeong.models.load import load_tokenizer
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.prompts.messages import prompt_ids
 from malpyeong.training.data import grpo_dataset, load_questions
 

@@ -16,7 +16,7 @@ from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.contest.rulebook import Rule, load_rule_book, write_rule_book
 from malpyeong.errors import InputError
 from malpyeong.metrics.rouge import rouge_1
-from malpyeong.models.load import load_tokenizer
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import build_messages, fit_prompts, left_out, prompt_ids, render
 from malpyeong.prompts.rule_choice import Labels, find_labels

@@ -13,7 +13,7 @@ from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
-from malpyeong.models.load import load_tokenizer
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.predict import main as predict_command
 from malpyeong.prompts import rule_choice as choice
 from malpyeong.prompts.context import Context, load_contexts, write_contexts
@@ -244,9 +244,9 @@ def test_a_rule_that_was_not_tried_counts_as_no_help_and_is_counted():
 
 
 def test_the_message_names_the_file_that_leaves_nothing_to_choose():
-    shown = Prompt(Context(tuple(RULES[:2]), choose=True), [], [])
+    shown = Prompt(TRAIN[0], Context(tuple(RULES[:2]), choose=True), [], [])
     with pytest.raises(InputError, match=r"^data\.context: no prompt has a rule"):
-        labelled_share([Labels({RULES[0].id: 1.0})], [Prompt(Context(choose=True), [], [])])
+        labelled_share([Labels({RULES[0].id: 1.0})], [Prompt(TRAIN[0], Context(choose=True), [], [])])
     with pytest.raises(InputError, match=r"^data\.labels: no rule helps"):
         labelled_share([Labels({rule.id: 0.0 for rule in RULES[:2]}, mined=True)], [shown])
     with pytest.raises(InputError, match=r"^data\.labels and data\.context: no rule that helps"):

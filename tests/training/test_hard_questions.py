@@ -65,7 +65,7 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(tmp_path, run_module):
     for arguments, line in (
         ([f"data.train={tmp_path / 'no.json'}", "-o", tmp_path / "a.json"], "no.json"),
         ([f"data.train={train}", "-o", train / "a.json"], "a.json"),
-        ([f"data.train={train}", "-o", train], "is a file that the recipe reads"),
+        ([f"data.train={train}", "-o", train], "would overwrite"),
         ([f"data.train={train}", "model.adapter=no", "-o", tmp_path / "a.json"], "no: holds no adapter"),
         ([f"data.train={train}", "model.name=no", "-o", tmp_path / "a.json"], "no: cannot be loaded as a model"),
     ):

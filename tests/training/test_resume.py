@@ -19,12 +19,12 @@ from malpyeong.config.recipe import GRPORecipe, MiningRecipe, SFTRecipe
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.errors import InputError
-from malpyeong.models.load import load_tokenizer
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.report.run_page import read_run, run_page
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.callbacks import Guards, progress_line
 from malpyeong.training.data import Questions, grpo_dataset
-from malpyeong.training.run import check_run, start_run
+from malpyeong.training.run import check_run, digests, start_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -256,7 +256,7 @@ def test_sft_finds_its_best_checkpoint_where_the_folder_is_now(data, adapter, tm
 def test_another_card_is_refused_by_the_presets_name(stage, tmp_path):
     file, kind = ROOT / "recipes" / f"{stage}.yaml", {"sft": SFTRecipe, "grpo": GRPORecipe}[stage]
     model = str(ROOT / "recipes" / "models" / "qwen.yaml")
-    run, inputs = tmp_path / "run", {"data.train": DATA / "train.json"}
+    run, inputs = tmp_path / "run", digests({"data.train": DATA / "train.json"})
 
     def resolved(*overrides):
         return load_recipe(file, [model, f"training.output={run}", *overrides], kind)
@@ -285,7 +285,7 @@ def test_a_run_of_several_files_and_of_a_model_that_moved(tmp_path):
         files = [tmp_path / name / f"{part}.json" for part in order]
         stated = [f"data.questions={json.dumps([str(file) for file in files])}", f"model.name={tmp_path / name}"]
         recipe = load_recipe(ROOT / "recipes" / "tiny" / "mine.yaml", stated, MiningRecipe)
-        inputs = {"data.questions": files, "model.name": str(tmp_path / name)}
+        inputs = digests({"data.questions": files, "model.name": str(tmp_path / name)})
         if not (tmp_path / "run").exists():
             start_run(tmp_path / "run", recipe, inputs)
         return check_run(tmp_path / "run", recipe, inputs, resume=True)

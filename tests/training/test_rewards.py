@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.random_scorers import make_bleurt, make_encoder
 from malpyeong.config.recipe import REWARD_MODELS
-from malpyeong.contest.answer import format_problem
+from malpyeong.contest.answer import FormatProblem, format_problem
 from malpyeong.contest.records import load_records
 from malpyeong.metrics.bertscore import BERTScore
 from malpyeong.metrics.bleurt import BLEURT
@@ -149,12 +149,13 @@ def test_which_hacks_the_form_lets_through():
     ]
 
 
+HACKS_OF_REASONS = (FormatProblem.REASON_TOO_LONG, FormatProblem.REASON_DECOMPOSED, FormatProblem.REASON_REPEATS)
+
+
 def test_no_gold_answer_of_the_samples_looks_like_a_hack():
     for split in ("train", "explore", "dev", "test", "unseen"):
         for record in load_records(DATA / f"{split}.json", answers="gold"):
-            if problem := format_problem(record.answer):
-                assert not problem.startswith("reason has"), record.id
-                assert problem != "reason repeats the same words", record.id
+            assert format_problem(record.answer) not in HACKS_OF_REASONS, record.id
 
 
 def test_reasons_are_scored_by_the_models_and_official_is_the_contests_final(models):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.contest.rulebook import load_rule_book
-from malpyeong.models.load import load_tokenizer
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.retrieval.evaluate import evaluate_rules
 from malpyeong.retrieval.neural import Dense, load_encoder
 from malpyeong.retrieval.search import Retriever, rule_documents

@@ -22,9 +22,11 @@ from malpyeong.contest.records import Record, load_records
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.export import export
-from malpyeong.models.load import load_base, load_for_prediction, load_for_training, load_tokenizer, put_adapter
+from malpyeong.models.adapter import put_adapter
+from malpyeong.models.load import load_base, load_for_prediction, load_for_training
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.predict import predict
-from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids
+from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids, render
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
 from malpyeong.training.run import last_checkpoint
@@ -160,8 +162,8 @@ def test_run_page_shows_curves_and_sampled_groups(grpo_run, open_page, tmp_path)
     assert "끝난 학습" in page.inner_text("header")
     titles = page.locator("figure h3").all_inner_texts()
     assert titles == [
-        "보상", "보상의 합", "그룹 안 표준편차", "죽은 그룹", "답의 길이", "잘린 답", "손실", "기울기 크기",
-        "엔트로피", "한 단계에 걸린 시간",
+        "보상", "보상의 가중합", "그룹 안 표준편차", "죽은 그룹", "completion 길이", "잘린 completion",
+        "손실", "기울기 노름", "엔트로피", "step 시간",
     ]  # fmt: skip
     log = [row for row in json.loads((grpo_run / "log.json").read_text("utf-8")) if "reward" in row]
     legend = page.locator("figure").nth(1).locator("[data-line]")
@@ -207,7 +209,7 @@ def test_run_page_of_a_run_in_progress_and_on_a_phone(stage, sft_run, grpo_run, 
     assert page.locator("figure").count() == {"sft": 6, "grpo": 11}[stage]
     cards = page.inner_text(".cards")
     assert "11.2 GiB" in cards
-    assert "한 단계" in cards
+    assert "step 시간" in cards
     assert page.locator("section.group").count() == {"sft": 0, "grpo": 6}[stage]
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert (run / "checkpoint-9999").exists()  # looking changes nothing
@@ -445,7 +447,8 @@ def test_the_merged_model_is_the_adapter_model(dequantised, grpo_run, tmp_path):
     original = put_adapter(load_base(str(TINY_BASE), torch.float32), grpo_run / "adapter").eval()
     if not dequantised:
         merged, adapted = (TransformersEngine(it, tokenizer, Decoding(max_new_tokens=160)) for it in (model, original))
-        assert dict(predict(merged, questions)) == dict(predict(adapted, questions))
+        prompts = [render(tokenizer, record) for record in questions]
+        assert dict(predict(merged, prompts)) == dict(predict(adapted, prompts))
     assert tokenizer.chat_template == load_tokenizer(str(TINY_BASE)).chat_template
 
 
@@ -454,10 +457,11 @@ def test_an_adapter_is_merged_for_prediction_but_not_into_4_bit_weights(sft_run)
     adapter, questions = sft_run / "adapter", load_records(DATA / "test_questions.json")[:12]
     merged, tokenizer = load_for_prediction(str(TINY_BASE), str(adapter), "float32")
     adapted = put_adapter(load_base(str(TINY_BASE), torch.float32), adapter).eval()
+    prompts = [render(tokenizer, record) for record in questions]
     assert not any("lora" in name for name, _ in merged.named_parameters())
     for decoding in (Decoding(max_new_tokens=160), Decoding(True, max_new_tokens=160)):
         engines = [TransformersEngine(model, tokenizer, decoding) for model in (merged, adapted)]
-        assert dict(predict(engines[0], questions)) == dict(predict(engines[1], questions))
+        assert dict(predict(engines[0], prompts)) == dict(predict(engines[1], prompts))
     quantised, _ = load_for_prediction(str(TINY_BASE), str(adapter), "float32", load_in_4bit=True)
     assert any("lora" in name for name, _ in quantised.named_parameters())
 
@@ -482,9 +486,9 @@ def test_export_refuses_what_is_no_adapter_and_what_exists(grpo_run, tmp_path, r
 
 def test_batched_prediction_does_not_depend_on_the_batch(sft_run):
     model, tokenizer = load_for_prediction(str(TINY_BASE), str(sft_run / "adapter"))
-    questions = load_records(DATA / "test_questions.json")[:7]
+    prompts = [render(tokenizer, record) for record in load_records(DATA / "test_questions.json")[:7]]
     engine = TransformersEngine(model, tokenizer, Decoding(max_new_tokens=120))
-    alone, together = (dict(predict(engine, questions, batch_size)) for batch_size in (1, 7))
+    alone, together = (dict(predict(engine, prompts, batch_size)) for batch_size in (1, 7))
     assert alone == together
 
 

@@ -14,7 +14,7 @@ for (const figure of document.querySelectorAll("figure[data-lines]")) {
     const box = plot.getBoundingClientRect();
     const wanted = first + ((event.clientX - box.left) / box.width) * (last - first);
     const nearest = all.reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
-    step.textContent = `${nearest.toLocaleString("ko")}단계`;
+    step.textContent = `step ${nearest.toLocaleString("ko")}`;
     lines.forEach((line, place) => {
       const at = line.steps.indexOf(nearest);
       values[place].textContent = at < 0 ? "–" : line.shown[at];
