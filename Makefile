@@ -122,23 +122,25 @@ recipe = $(if $(filter tiny,$(NAME)),recipes/tiny/$(1).yaml,recipes/$(1).yaml "r
 CARD   = $(if $(GPU),gpu=$(GPU)) $(if $(MODEL),"model.name=$(MODEL)") $(ARGS)
 
 # Solved examples, and rules where DATA/rules.json is there (python -m malpyeong.retrieval and malpyeong.rules): the same
-# for every model and stage, so made once, and again when a file in DATA is newer.  $(call search,QUESTIONS,OUTPUT)
-search = @set -- $(1) --examples "$(TRAIN)"; \
+# for every model and stage, so made once, and again when a file in DATA is newer. NAME-choice has rules of its own: those
+# that the mined labels of similar questions vote for.  $(call search,QUESTIONS,OUTPUT)
+LABELS = $(RUNS)/$(NAME)-mined/contexts.jsonl
+search = @test -z "$(CHOICE)" -o -e "$(LABELS)" || { echo "make $@: $(LABELS) is not there; run make mine-$(NAME) first" >&2; exit 2; }; \
+  set -- $(1) --examples "$(TRAIN)" $(if $(CHOICE),--labels "$(LABELS)" --rules-k 5); \
   test ! -e "$(DATA)/rules.json" || set -- "$$@" --rules "$(DATA)/rules.json"; \
-  test -e "$(2)" && test -z "$$(find $(1) "$(TRAIN)" "$(DATA)/rules.json" -newer "$(2)" 2>/dev/null)" || \
+  test -e "$(2)" && test -z "$$(find $(1) "$(TRAIN)" "$(DATA)/rules.json" $(if $(CHOICE),"$(LABELS)") -newer "$(2)" 2>/dev/null)" || \
   $(RUN) -m malpyeong.retrieval search "$$@" -o "$(2)"
-CONTEXT = $(call search,"$(TRAIN)" "$(DEV)",$(RUNS)/context.jsonl)
+FOUND   = $(RUNS)/$(if $(CHOICE),$*-)context
+CONTEXT = $(call search,"$(TRAIN)" "$(DEV)",$(FOUND).jsonl)
 # What stands in the prompts.
-PROMPTS = data.context="$(RUNS)/context.jsonl" $(if $(CHOICE),data.mode=choose_rule \
-  data.labels="$(RUNS)/$(NAME)-mined/contexts.jsonl",data.mode=context)
+PROMPTS = data.context="$(FOUND).jsonl" $(if $(CHOICE),data.mode=choose_rule data.labels="$(LABELS)",data.mode=context)
 # What GRPO and its preflight are given.
 GRPO    = $(FILES) $(PROMPTS) $(if $(CHOICE),data.rewards.choice=0.5) \
   model.adapter="$(RUNS)/$*-sft/adapter" training.output="$(RUNS)/$*-grpo" $(CARD)
 
 mine-%: $(STAMP)
-	$(CONTEXT)
 	$(RUN) recipes/mine.py $(call recipe,mine) 'data.questions=["$(TRAIN)", "$(DEV)"]' \
-	  data.rules="$(DATA)/rules.json" data.context="$(RUNS)/context.jsonl" mining.output="$(RUNS)/$*-mined" \
+	  data.rules="$(DATA)/rules.json" mining.output="$(RUNS)/$*-mined" \
 	  $(if $(MODEL),"model.name=$(MODEL)") $(ARGS) --resume auto
 
 sft-%: $(STAMP)
@@ -162,9 +164,9 @@ export-%: $(STAMP)
 	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged" $(ARGS)
 
 submit-%: $(STAMP)
-	$(call search,"$(TEST)",$(RUNS)/context-test.jsonl)
+	$(call search,"$(TEST)",$(FOUND)-test.jsonl)
 	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(TEST)" -o "$(RUNS)/$*-test.json" \
-	  --context "$(RUNS)/context-test.jsonl" $(if $(CHOICE),--choose) $(ARGS)
+	  --context "$(FOUND)-test.jsonl" $(if $(CHOICE),--choose) $(ARGS)
 	$(RUN) -m malpyeong.submit "$(TEST)" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
 
 clean: ## remove the virtual environment and caches (runs/ stays)

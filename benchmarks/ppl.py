@@ -112,13 +112,14 @@ def measure(
     PPL(a|q) counts as one more rule; the options' verdicts, which we score too, are not counted as pairs.
     """
     start = time.perf_counter()
-    plan = make_plan(tokenizer, records, rules, None, MAX_LENGTH, batch_tokens)
+    plan = make_plan(tokenizer, records, rules, MAX_LENGTH, batch_tokens)
+    planned = plan.batches(plan.all_pairs())
     mine_seconds = time.perf_counter() - start
     loop_seconds, difference, by_loop = 0.0, 0.0, 0
     by_length = sorted(range(len(records)), key=lambda row: len(plan.rows[row]))
     sampled = [by_length[(2 * number + 1) * len(records) // (2 * sample)] for number in range(sample)]
     for context in tqdm(range(len(rules) + 1), desc="rules", leave=False):
-        batches = [batch for batch in plan.batches if batch.context == context]
+        batches = [batch for batch in planned if batch.context == context]
         start = time.perf_counter()
         prefix = shared_prefix(model, plan.heads[context])
         ours: dict[int, float] = {}
@@ -164,7 +165,7 @@ def main(
         looped, mined, differences = zip(*measured, strict=True)
         if max(differences) > TOLERANCE:
             raise click.ClickException(f"{name}: the two ways differ by {max(differences):.2g}")
-        plan = make_plan(tokenizer, records, book, None, MAX_LENGTH, batch_tokens)
+        plan = make_plan(tokenizer, records, book, MAX_LENGTH, batch_tokens)
         row = {
             "model": name,
             "questions": q,
@@ -173,7 +174,7 @@ def main(
             "loop_ms": 1000 * statistics.median(looped),
             "ours_ms": 1000 * statistics.median(mined),
             "ratio": statistics.median(a / b for a, b in zip(looped, mined, strict=True)),
-            "token_ratio": plan.naive_tokens / plan.tokens,
+            "token_ratio": plan.naive_tokens(plan.all_pairs()) / plan.tokens(plan.all_pairs()),
             "difference": max(differences),
         }
         rows.append(row)

@@ -87,6 +87,8 @@ def upgrade(values: dict[str, Any]) -> Iterator[str]:
             values[block].setdefault(new.split(".")[1], values[block].pop(key))
             yield f"{old} is called {new} now"
     data = values.get("data")
+    if values.get("stage") == "mine" and isinstance(data, dict) and data.pop("context", None):
+        yield "data.context is not read any more: mining finds the rules to try"
     if values.get("stage") not in ("sft", "grpo") or not isinstance(data, dict):
         return
     if "mode" not in data and (data.get("context") or data.get("labels")):

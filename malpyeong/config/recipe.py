@@ -286,21 +286,20 @@ class GRPORecipe(Block):
 
 
 class MiningData(Block):
-    """Files of questions with gold answers, the rule book, and a context file (``malpyeong.retrieval search``) that
-    says which rules to try for each; None: every rule."""
+    """Files of questions with gold answers, and the rule book."""
 
     questions: Annotated[
         list[str], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
     ]
     rules: str
-    context: str | None = None
 
 
 class MiningOutput(Block):
-    """``top_k`` rules are written for each question. ``batch_tokens``: tokens attended to at once, rows × (rule +
-    longest question and answer)."""
+    """``share``: of all pairs of questions and rules that are tried. ``top_k`` rules are written for each question.
+    ``batch_tokens``: tokens attended to at once, rows × (rule + longest question and answer)."""
 
     output: str
+    share: float = Field(default=0.33, gt=0, le=1)
     top_k: int = Field(gt=0)
     batch_tokens: int = Field(gt=0)
 

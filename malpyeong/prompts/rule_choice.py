@@ -44,7 +44,8 @@ class Labels:
     Attributes:
         gains: rule id → 1.0 for a given label; for mined ones the improvement ratio (PPL(a|q) - PPL(a|c,q)) / PPL(a|q)
             of every rule that was tried, 0.0 below :data:`MIN_IMPROVEMENT`.
-        mined: whether a rule that is not in ``gains`` is unknown; given labels name all that help.
+        mined: whether a rule that is not in ``gains`` was never tried, so that it counts as no help for want of
+            knowledge; given labels name all that help.
     """
 
     gains: Mapping[str, float]

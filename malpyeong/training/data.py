@@ -10,7 +10,7 @@ import click
 from malpyeong.config.recipe import Mode, PromptData, TrainingData
 from malpyeong.contest.leaks import shared_questions
 from malpyeong.contest.records import Record, load_records
-from malpyeong.errors import InputError, printable
+from malpyeong.errors import InputError, counted, printable
 from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import Prompt, completion_ids, fit_prompts, left_out
 from malpyeong.prompts.rule_choice import NONE, Labels, is_readable, load_labels, tag
@@ -93,14 +93,6 @@ def with_prompt_data(records: Sequence[Record], data: PromptData) -> Questions:
                     "it an id of at most 100 characters without brackets"
                 )
         return Questions(records, data.mode, labels=labels)
-    for record, context, one in zip(records, contexts, labels, strict=True):
-        untried = [rule.id for rule in context.rules if one.mined and rule.id not in one.gains]
-        if untried:
-            raise InputError(
-                f'{data.labels}: id "{printable(record.id, 40)}": it is not known whether the rule '
-                f'"{printable(untried[0], 40)}" of its context helps; mine again with data.context={data.context} and '
-                f"mining.top_k of at least {len(context.rules)}"
-            )
     return Questions(records, data.mode, contexts, labels)
 
 
@@ -209,7 +201,12 @@ def labelled_share(labels: Sequence[Labels], prompts: Sequence[Prompt]) -> str:
             "data.labels and data.context: no rule that helps is among the candidates of any question; make both from "
             "the same rule book"
         )
-    return f"a rule that helps is among the candidates of {helped} of {len(labels)} questions"
+    line = f"a rule that helps is among the candidates of {helped} of {len(labels)} questions"
+    pairs = [(one, rule) for one, prompt in zip(labels, prompts, strict=True) for rule in prompt.context.rules]
+    untried = sum(one.mined and rule.id not in one.gains for one, rule in pairs)
+    if untried:
+        line += f"; {untried} of {counted(len(pairs), 'candidate')} were not tried in mining, and count as no help"
+    return line
 
 
 def recalled_share(labels: Sequence[Labels]) -> str:

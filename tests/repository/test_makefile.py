@@ -65,25 +65,36 @@ def test_every_stage_gets_the_context(make, tmp_path):
     assert submit[-1] == f"{runs / 'qwen-submission.json'}"
 
 
-def test_a_model_that_chooses_gets_the_labels_that_were_mined(make, tmp_path):
+def test_a_model_that_chooses_gets_the_rules_that_mined_labels_vote_for(make, tmp_path):
     data, runs = tmp_path / "대회 자료", tmp_path / "결 과"
     (data / "rules.json").touch()
-    _, mine = make("mine-qwen", "MODEL=내 모형")
-    assert mine[:4] == [
-        "recipes/mine.py",
-        "recipes/mine.yaml",
-        "recipes/models/qwen.yaml",
-        f'data.questions=["{data / "train.json"}", "{data / "dev.json"}"]',
-    ]
-    assert mine[4:] == [
-        f"data.rules={data / 'rules.json'}", f"data.context={runs / 'context.jsonl'}",
+    (mine,) = make("mine-qwen", "MODEL=내 모형")
+    assert mine == [
+        "recipes/mine.py", "recipes/mine.yaml", "recipes/models/qwen.yaml",
+        f'data.questions=["{data / "train.json"}", "{data / "dev.json"}"]', f"data.rules={data / 'rules.json'}",
         f"mining.output={runs / 'qwen-mined'}", "model.name=내 모형", "--resume", "auto",
     ]  # fmt: skip
-    labels = f"data.labels={runs / 'qwen-mined' / 'contexts.jsonl'}"
+
+    command = ["make", "-s", "-o", ".venv/.installed", "RUN=false", f"DATA={data}", f"RUNS={runs}", "sft-qwen-choice"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert refused.returncode == 2
+    assert "run make mine-qwen first" in refused.stderr
+
+    labels = runs / "qwen-mined" / "contexts.jsonl"
+    labels.parent.mkdir(parents=True)
+    labels.touch()
     for stage in ("sft", "grpo", "doctor", "hard"):
-        assert labels in make(f"{stage}-qwen-choice")[1]
-        assert labels not in make(f"{stage}-qwen")[1]
-    assert make("submit-qwen-choice")[1][-1] == "--choose"
+        search, trained = make(f"{stage}-qwen-choice")
+        assert search[search.index("--labels") + 1] == f"{labels}"
+        assert f"data.labels={labels}" in trained
+        assert f"data.context={search[-1]}" in trained
+        other, plain = make(f"{stage}-qwen")
+        assert f"data.labels={labels}" not in plain
+        assert other[-1] != search[-1]
+        assert "--labels" not in other
+    search, predict, _ = make("submit-qwen-choice")
+    assert predict[-3:] == ["--context", search[-1], "--choose"]
+    assert search[search.index("--labels") + 1] == f"{labels}"
     assert "--choose" not in make("submit-qwen")[1]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from malpyeong.config.load import load_recipe
-from malpyeong.config.recipe import GRPORecipe, PromptData, SFTRecipe
+from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.contest.records import Record, load_records, write_records
 from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
@@ -235,19 +235,12 @@ def test_labels_are_given_or_mined(tmp_path):
         load_labels(mined, [dataclasses.replace(TRAIN[1], id=TRAIN[0].id)])
 
 
-def test_a_rule_that_was_not_tried_is_no_rule_that_does_not_help(tmp_path):
-    write_records(tmp_path / "train.json", TRAIN[:1])
-    write_contexts(tmp_path / "context.jsonl", TRAIN[:1], [[(1.0, RULES[0]), (0.0, RULES[1])]], [[]])
-    write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0})])
-    data = PromptData(
-        mode="choose_rule", context=str(tmp_path / "context.jsonl"), labels=str(tmp_path / "labels.jsonl")
-    )
-    with pytest.raises(InputError, match=f'whether the rule "{RULES[1].id}" of its context helps; mine again'):
-        load_questions(str(tmp_path / "train.json"), data)
-    write_lines(tmp_path / "labels.jsonl", [mined_row(TRAIN[0], **{RULES[0].id: 0.0, RULES[1].id: 0.0})])
-    questions = load_questions(str(tmp_path / "train.json"), data)
-    with pytest.raises(InputError, match=r"data\.labels: no rule helps with any question"):
-        sft_dataset(load_tokenizer(str(TINY_BASE)), questions, 2000)
+def test_a_rule_that_was_not_tried_counts_as_no_help_and_is_counted():
+    shown = Prompt(Context(tuple(RULES[:3]), choose=True), [], [])
+    tried = Labels({RULES[0].id: 0.0, RULES[1].id: 0.2}, mined=True)
+    assert "; 1 of 3 candidates were not tried" in labelled_share([tried], [shown])
+    given_ = Labels({RULES[1].id: 1.0})
+    assert labelled_share([given_], [shown]) == "a rule that helps is among the candidates of 1 of 1 questions"
 
 
 def test_the_message_names_the_file_that_leaves_nothing_to_choose():

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -28,10 +28,10 @@ from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile
 from malpyeong.models.load import load_for_prediction
-from malpyeong.prompts.context import write_contexts
 from malpyeong.prompts.messages import build_messages, completion_ids, prompt_ids
 from malpyeong.samples import DATA, TINY_BASE
-from malpyeong.training.mining import computed, load_candidates, make_plan, mine, ranked, weights_digest
+from malpyeong.training.candidates import named_rules, promising
+from malpyeong.training.mining import make_plan, mine, ranked, weights_digest
 from malpyeong.training.perplexity import Row, perplexities, perplexity, shared_prefix
 
 ROOT = Path(__file__).parents[2]
@@ -140,12 +140,31 @@ def test_an_empty_row_is_refused(row):
         perplexities(model, shared_prefix(model, [1, 2]), [row], pad=0)
 
 
-def test_mined_values_equal_the_formulas(tiny):
+def mined(model, plan, pad, part, pairs=None):
+    """Return (batches, perplexities) of some pairs, or of all."""
+    batches = plan.batches(plan.all_pairs() if pairs is None else pairs)
+    return batches, list(mine(model, plan, batches, pad, part))
+
+
+def by_pair(batches, values):
+    return {
+        (b.context, row): ppl
+        for b, ppls in zip(batches, values, strict=True)
+        for row, ppl in zip(b.rows, ppls, strict=True)
+    }
+
+
+@pytest.fixture
+def part(tmp_path):
+    return PartFile(tmp_path / "part.jsonl", {})
+
+
+def test_mined_values_equal_the_formulas(tiny, part):
     model, tokenizer = tiny
     records, rules = DEV[:6], RULES[:5]
-    plan = make_plan(tokenizer, records, rules, None, 1024, 1024)
-    found = list(mine(model, plan, tokenizer.pad_token_id))
-    rows = ranked(plan, records, rules, found, top_k=5)
+    plan = make_plan(tokenizer, records, rules, 1024, 1024)
+    ppls = by_pair(*mined(model, plan, tokenizer.pad_token_id, part))
+    rows = ranked(plan, records, rules, ppls, top_k=5)
     assert [row["id"] for row in rows] == [record.id for record in records]
 
     def ppl(record, context, answer):
@@ -177,41 +196,35 @@ def _verdict(sentence):
 
 def test_what_a_plan_reads_is_the_prompt(tiny):
     _, tokenizer = tiny
-    plan = make_plan(tokenizer, DEV[:8], RULES[:3], None, 1024, 700)
+    plan = make_plan(tokenizer, DEV[:8], RULES[:3], 1024, 700)
     for number, rule in enumerate(RULES[:3], 1):
         for record, row in zip(DEV[:8], plan.rows, strict=False):
             whole = prompt_ids(tokenizer, build_messages(record, rules=[rule]))
             assert plan.heads[number] + row.prompt_end == whole
-    for batch in plan.batches:
+    pairs = plan.all_pairs()
+    for batch in plan.batches(pairs):
         longest = max(len(plan.rows[row]) for row in batch.rows)
         assert len(batch.rows) == 1 or len(batch.rows) * (len(plan.heads[batch.context]) + longest) <= 700
-    assert plan.tokens < plan.naive_tokens
-    assert plan.pairs == 8 * 4 + sum(map(len, plan.options))
+    assert sorted((batch.context, row) for batch in plan.batches(pairs) for row in batch.rows) == pairs
+    assert plan.tokens(pairs) < plan.naive_tokens(pairs)
+    assert len(pairs) == 8 * 4 + sum(map(len, plan.options))
 
 
 @pytest.mark.parametrize("records", [DEV[:1], [DEV[0], DEV[0]]])
-def test_one_question_or_equal_ones(tiny, records):
+def test_one_question_or_equal_ones(tiny, records, part):
     model, tokenizer = tiny
-    plan = make_plan(tokenizer, records, RULES[:1], None, 1024, 2048)
+    plan = make_plan(tokenizer, records, RULES[:1], 1024, 2048)
     whole = prompt_ids(tokenizer, build_messages(records[0], rules=[RULES[0]]))
     assert plan.heads[1] + plan.rows[0].prompt_end == whole
-    assert all(math.isfinite(ppl) for ppls in mine(model, plan, tokenizer.pad_token_id) for ppl in ppls)
-
-
-def test_candidates_limit_what_is_computed(tiny):
-    _, tokenizer = tiny
-    candidates = {record.id: [RULES[place % 3].id] for place, record in enumerate(DEV[:6])}
-    plan = make_plan(tokenizer, DEV[:6], RULES[:3], candidates, 1024, 2048)
-    tried = {(batch.context, row) for batch in plan.batches if batch.context for row in batch.rows}
-    assert tried == {(1 + place % 3, place) for place in range(6)}
+    assert all(map(math.isfinite, by_pair(*mined(model, plan, tokenizer.pad_token_id, part)).values()))
 
 
 def test_rules_of_equal_delta_stand_in_the_order_of_the_rule_book(tiny):
     _, tokenizer = tiny
     rules = [Rule(id_, "분류", "같은 규칙") for id_ in ("나", "가", "다")]
-    plan = make_plan(tokenizer, DEV[:1], rules, None, 1024, 2048)
-    found = [[2.0 if batch.context else 3.0] * len(batch.rows) for batch in plan.batches]
-    row = ranked(plan, DEV[:1], rules, found, top_k=2)[0]
+    plan = make_plan(tokenizer, DEV[:1], rules, 1024, 2048)
+    ppls = {(context, row): 2.0 if context else 3.0 for context, row in plan.all_pairs()}
+    row = ranked(plan, DEV[:1], rules, ppls, top_k=2)[0]
     assert [candidate["rule"] for candidate in row["candidates"]] == ["나", "가"]
     assert row["candidates"][0]["improvement_ratio"] == pytest.approx(1 / 3, rel=1e-5)
 
@@ -219,40 +232,38 @@ def test_rules_of_equal_delta_stand_in_the_order_of_the_rule_book(tiny):
 def test_what_does_not_fit_is_an_error_that_says_how_much_would(tiny):
     _, tokenizer = tiny
     with pytest.raises(InputError, match=r"model\.max_length=200") as error:
-        make_plan(tokenizer, DEV[:3], RULES[:3], None, 200, 2048)
-    needed = int(error.value.message.split("raise it (to ")[1].split()[0])
-    make_plan(tokenizer, DEV[:3], RULES[:3], None, needed, 2048)
+        make_plan(tokenizer, DEV[:3], RULES[:3], 200, 2048)
+    needed = int(error.value.message.split("raise it to ")[1].split()[0])
+    make_plan(tokenizer, DEV[:3], RULES[:3], needed, 2048)
 
 
-def test_a_model_whose_logits_are_changed_after_its_head_is_refused(tiny):
+def test_a_model_whose_logits_are_changed_after_its_head_is_refused(tiny, part):
     _, tokenizer = tiny
     torch.manual_seed(0)
     config = Gemma2Config(
         **{**SHAPE, "vocab_size": len(tokenizer), "head_dim": 8}, final_logit_softcapping=0.05, sliding_window=4096
     )
-    plan = make_plan(tokenizer, DEV[:2], RULES[:1], None, 1024, 2048)
+    plan = make_plan(tokenizer, DEV[:2], RULES[:1], 1024, 2048)
     with pytest.raises(InputError, match="differ from those of whole sequences"):
-        list(mine(Gemma2ForCausalLM(config).eval(), plan, tokenizer.pad_token_id))
+        mined(Gemma2ForCausalLM(config).eval(), plan, tokenizer.pad_token_id, part)
 
 
-def test_a_window_shorter_than_the_prompt_is_refused(tiny):
+def test_a_window_shorter_than_the_prompt_is_refused(tiny, part):
     _, tokenizer = tiny
     torch.manual_seed(0)
     config = MistralConfig(**{**SHAPE, "vocab_size": len(tokenizer)}, sliding_window=32)
-    plan = make_plan(tokenizer, DEV[:2], RULES[:1], None, 1024, 2048)
+    plan = make_plan(tokenizer, DEV[:2], RULES[:1], 1024, 2048)
     with pytest.raises(InputError, match="differ from those of whole sequences"):
-        list(mine(MistralForCausalLM(config).eval(), plan, tokenizer.pad_token_id))
+        mined(MistralForCausalLM(config).eval(), plan, tokenizer.pad_token_id, part)
 
 
 @pytest.mark.parametrize("form", [{"dtype": "bfloat16"}, {"dtype": "float32", "load_in_4bit": True}])
-def test_other_number_formats_agree_with_the_definition(form):
+def test_other_dtypes_agree_with_the_definition(form, part):
     model, tokenizer = load_for_prediction(str(TINY_BASE), **form)
-    plan = make_plan(tokenizer, DEV[:2], RULES[:1], None, 1024, 2048)
-    found = list(mine(model, plan, tokenizer.pad_token_id))
-    for batch, ppls in zip(plan.batches, found, strict=True):
-        for row, ppl in zip(batch.rows, ppls, strict=True):
-            prompt = plan.heads[batch.context] + plan.rows[row].prompt_end
-            assert ppl == pytest.approx(perplexity(model, prompt, plan.rows[row].answer), rel=5e-2)
+    plan = make_plan(tokenizer, DEV[:2], RULES[:1], 1024, 2048)
+    for (context, row), ppl in by_pair(*mined(model, plan, tokenizer.pad_token_id, part)).items():
+        prompt = plan.heads[context] + plan.rows[row].prompt_end
+        assert ppl == pytest.approx(perplexity(model, prompt, plan.rows[row].answer), rel=5e-2)
 
 
 def test_a_template_that_mixes_rule_and_question_is_refused():
@@ -260,17 +271,17 @@ def test_a_template_that_mixes_rule_and_question_is_refused():
     length_first = "(message['content'] | length | string) + message['content'] +"
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] +", length_first)
     with pytest.raises(InputError, match="choose another model"):
-        make_plan(tokenizer, DEV[:3], RULES[:2], None, 1024, 2048)
+        make_plan(tokenizer, DEV[:3], RULES[:2], 1024, 2048)
 
 
-def test_a_perplexity_that_is_no_number_stops_the_run(tiny):
+def test_a_perplexity_that_is_no_number_stops_the_run(tiny, part):
     _, tokenizer = tiny
     model = load_for_prediction(str(TINY_BASE), dtype="float32")[0]
-    plan = make_plan(tokenizer, DEV[:2], RULES[:1], None, 1024, 2048)
+    plan = make_plan(tokenizer, DEV[:2], RULES[:1], 1024, 2048)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(InputError, match=r"model\.dtype"):
-        list(mine(model, plan, tokenizer.pad_token_id))
+        mined(model, plan, tokenizer.pad_token_id, part)
 
 
 def test_weights_digest_sees_the_adapter():
@@ -286,31 +297,64 @@ def test_weights_digest_sees_the_adapter():
 
 
 @pytest.mark.parametrize(
-    "pieces",
+    "piece",
     [
-        [{"batch": 1, "ppl": [1.0]}],
-        [{"batch": 0, "ppl": []}],
-        [[]],
-        [{"batch": 0}],
-        [{"batch": 0, "ppl": 3}],
-        [{"batch": number, "ppl": [1.0]} for number in range(3)],  # more than there are
+        [],
+        {"rule": 0, "rows": [0]},
+        {"rule": 0, "rows": [0], "ppl": 3},
+        {"rule": 0, "rows": [0], "ppl": []},
+        {"rule": 0, "rows": [0], "ppl": ["가"]},
+        {"rule": 0, "rows": [1], "ppl": [1.0]},
+        {"rule": 1, "rows": [0], "ppl": [1.0]},
     ],
 )
-def test_a_part_file_whose_batches_are_not_the_plans_is_refused(pieces, tiny, tmp_path):
-    plan = make_plan(tiny[1], DEV[:1], RULES[:1], None, 1024, 1)
-    plan = replace(plan, batches=[batch for batch in plan.batches if batch.rows == (0,)])
-    assert len(plan.batches) == 2
-    right = [{"batch": 0, "ppl": [1.5]}, {"batch": 1, "ppl": [2.5]}]
-    for given in (right[:1], right, pieces):
-        part = PartFile(tmp_path / f"{given == pieces}{len(given)}", {})
-        for piece in given:
-            part.add(piece)
-        again = PartFile(part.path, {})
-        if given is pieces:
-            with pytest.raises(InputError, match="is damaged; remove it"):
-                computed(again, plan)
-        else:
-            assert computed(again, plan) == [[1.5], [2.5]][: len(given)]
+def test_a_part_file_whose_batches_are_not_the_plans_is_refused(piece, tiny, part):
+    model, tokenizer = tiny
+    plan = make_plan(tokenizer, DEV[:1], RULES[:1], 1024, 1)
+    batches = plan.batches([(0, 0), (1, 0)])
+    part.add({"rule": 0, "rows": [0], "ppl": [1.5]})
+    kept = PartFile(part.path, {})
+    values = list(mine(model, plan, batches, tokenizer.pad_token_id, kept))
+    assert values[0] == [1.5]
+    assert PartFile(part.path, {}).pieces[1] == {"rule": 1, "rows": [0], "ppl": values[1]}
+    other = PartFile(part.path.with_name("other"), {})
+    other.add(piece)
+    with pytest.raises(InputError, match="is damaged; remove it"):
+        list(mine(model, plan, batches, tokenizer.pad_token_id, PartFile(other.path, {})))
+
+
+# ---- which pairs are tried
+
+
+def test_the_named_rules_are_those_of_question_and_gold_answer():
+    rules = [
+        Rule("가", "분류", "고양이는 밤에 운다"),
+        Rule("나", "분류", "강아지는 낮에 짖는다"),
+        Rule("다", "분류", "소는 풀을 먹는다"),
+    ]
+    records = [Record("1", "교정형", "다음을 고치시오.", '"강아지가 짖는다."가 옳다. 강아지는 짖는다.'), DEV[0]]
+    named = named_rules(records, rules, 2)
+    assert named.sum(1).tolist() == [2, 2]
+    assert named[0, 1]
+
+
+def test_what_is_promising_finds_the_best_of_a_table_of_low_rank():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(120, 3)) @ rng.normal(size=(3, 60)) + rng.normal(size=(120, 60)) * 0.1
+    tried = np.argsort(rng.random(table.shape), axis=1) < 8
+    for left in range(4, 0, -1):
+        chosen = promising(np.where(tried, table, np.nan), (20 * 120 - int(tried.sum())) // left)
+        assert not (chosen & tried).any()
+        tried |= chosen
+    assert tried.sum() == 20 * 120
+    best = np.where(tried, table, -np.inf).argmax(1) == table.argmax(1)
+    assert best.mean() > 0.95  # a random third would have a third
+
+
+def test_no_more_pairs_are_promised_than_are_left():
+    gains = np.array([[0.1, np.nan], [0.2, 0.3]])
+    assert promising(gains, 5).tolist() == [[False, True], [False, False]]
+    assert not promising(np.zeros((2, 2)), 3).any()
 
 
 # ---- the recipe
@@ -367,13 +411,14 @@ def test_killed_and_started_again_gives_the_same_file(folder, recipe, monkeypatc
 
     # What was computed is believed, not computed again: a changed number comes through to the result.
     header, first, *lines = kept.decode().splitlines(keepends=True)
-    changed = json.dumps({"batch": 0, "ppl": [1.25, *json.loads(first)["ppl"][1:]]}) + "\n"
+    piece = json.loads(first)
+    changed = json.dumps({**piece, "ppl": [1.25, *piece["ppl"][1:]]}) + "\n"
     part.write_text("".join([header, changed, *lines]))
     assert recipe(folder, "killed", "--resume", "auto").exit_code == 0
     assert result.read_text("utf-8").count('"ppl_question": 1.25,') == 1
     result.unlink()
 
-    part.write_bytes(kept + b'{"batch": 6, "ppl": [1.0')
+    part.write_bytes(kept + b'{"rule": 6, "rows": [1')
     assert recipe(folder, "killed", "--resume", "auto").exit_code == 0
     for name in ("contexts.jsonl", "mining.json"):
         assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes()
@@ -389,14 +434,14 @@ def test_estimate_computes_nothing(folder, recipe, monkeypatch):
     assert not (folder / "none").exists()
 
 
-# ---- what users get wrong
-
-
-def test_candidates_are_those_of_the_context_file_and_stand_in_the_rule_book(tmp_path):
-    record, rules = Record("1", "교정형", "질문", "답"), [Rule("가", "분류", "나"), Rule("다", "분류", "라")]
-    path = tmp_path / "context.jsonl"
-    write_contexts(path, [record], [[(2.0, rules[1]), (1.0, rules[0])]], [[]])
-    assert load_candidates(path, [record], rules) == {"1": ["다", "가"]}
-    for other in ([rules[0]], [rules[0], Rule("다", "분류", "고친 글")]):
-        with pytest.raises(InputError, match='id "1": its rule "다" is not in the rule book'):
-            load_candidates(path, [record], other)
+def test_a_third_of_the_pairs_is_tried_or_all(folder, recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = {}
+    for name, options, share in (("third", (), 0.33), ("whole", ("--all",), 1.0)):
+        result = recipe(folder, name, "mining.top_k=10", *options)
+        assert result.exit_code == 0
+        rows = [json.loads(line) for line in (folder / name / "contexts.jsonl").read_text("utf-8").splitlines()]
+        assert sum(len(row["candidates"]) for row in rows) == int(share * 160)
+        lines[name] = {row["id"]: {one["rule"]: one["delta"] for one in row["candidates"]} for row in rows}
+    for id_, tried in lines["third"].items():
+        assert tried == pytest.approx({rule: lines["whole"][id_][rule] for rule in tried}, abs=1e-3)
