@@ -20,6 +20,7 @@ from malpyeong.errors import InputError
 from malpyeong.files import digest, missing_cure, nfd_twin, write_text
 from malpyeong.models.environment import keep_compiled_code, version_problems
 from malpyeong.models.memory import VLLM_SHARE, Backend
+from malpyeong.prompts.messages import TEMPLATE_OPTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +146,7 @@ def tokenizer_for_prediction(name: str, adapter: str | None = None) -> "PreTrain
     Its ``model_max_length`` is ``model.max_length`` of the recipe that trained it; of another model it is what its
     files say, or a number beyond any length.
     """
+    check_base(name)
     check_adapter(adapter)
     check_pair(name, adapter)
     folder = adapter_folder(adapter) if adapter else None
@@ -176,7 +178,7 @@ def _check_fit(model: Any, adapter: str | Path) -> None:  # noqa: ANN401 -- a Pe
     held = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in name}
     with safe_open(adapter_folder(adapter) / "adapter_model.safetensors", "numpy") as file:
         saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 -- not a mapping
-    if len(held) != len(saved):
+    if held != saved:
         first = min(held ^ saved)
         raise _does_not_fit(adapter, f"{len(saved)} weights for {len(held)} places; only one of the two has {first}")
 
@@ -302,7 +304,7 @@ def load_tokenizer(
                 "stop. Name a token that no text contains with model.pad_token"
             )
         tokenizer.pad_token = spare
-    tokenizer.chat_template = _without_today(tokenizer.chat_template)
+    tokenizer.chat_template = _as_trained(tokenizer.chat_template)
     tokenizer.padding_side = "left"
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
@@ -346,12 +348,20 @@ _SPARE_TOKENS = ("<|endoftext|>", "<|pad|>", "<pad>", "<|finetune_right_pad_id|>
 _FROZEN_DATE = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 
 
-def _without_today(template: str | dict[str, str]) -> str | dict[str, str]:
+def _as_trained(template: str | dict[str, str]) -> str | dict[str, str]:
+    """Return a template that knows no today and renders as in training where a program states none of its options.
+
+    Who serves a merged folder does not know that Qwen3 was trained without thinking.
+    """
     if isinstance(template, dict):
-        return {name: str(_without_today(text)) for name, text in template.items()}
-    if "strftime_now" not in template or template.startswith(_FROZEN_DATE):
-        return template
-    return _FROZEN_DATE + template
+        return {name: str(_as_trained(text)) for name, text in template.items()}
+    for name, value in TEMPLATE_OPTIONS.items():
+        default = f"{{%- if {name} is not defined -%}}{{%- set {name} = {json.dumps(value)} -%}}{{%- endif -%}}"
+        if name in template and default not in template:
+            template = default + template
+    if "strftime_now" in template and _FROZEN_DATE not in template:
+        template = _FROZEN_DATE + template
+    return template
 
 
 def set_generation_config(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:  # noqa: ANN401 -- a causal LM
@@ -449,6 +459,26 @@ def _fetch(adapter: str) -> Path:
     return Path(snapshot_download(adapter, allow_patterns=wanted))
 
 
+def check_base(name: str) -> None:
+    """Make sure that a named model is no adapter: transformers would load it with its base, and training put another
+    in its place.
+
+    Raises:
+        InputError: it is one.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        found = find_adapter_config_file(name)
+    except (OSError, ValueError):  # not found: loading says so
+        return
+    if found:
+        base = json.loads(Path(found).read_text("utf-8")).get("base_model_name_or_path")
+        raise InputError(
+            f"{name}: is an adapter; name it as such (model.adapter, --adapter) and its base {base} as the model"
+        )
+
+
 def check_pair(name: str, adapter: str | Path | None) -> None:
     """Make sure that an adapter is not put on a model that it, or one like it, has been merged into.
 
@@ -500,8 +530,9 @@ def check_lora(model: "ModelBlock") -> None:
     """Make sure that a recipe's LoRA block describes the adapter that it starts from.
 
     Raises:
-        InputError: rank, alpha or target modules differ.
+        InputError: rank, alpha or target modules differ, or the model is itself an adapter.
     """
+    check_base(model.name)
     if model.adapter is None:
         return
     config = check_adapter(model.adapter)
