@@ -38,6 +38,7 @@ from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.run import (
     check_run,
+    check_whole,
     digests,
     start_run,
     trained_weights,
@@ -109,6 +110,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     if (output / "model").exists():
         click.echo(f"{output / 'model'}: this run has ended already")
         return
+    if checkpoint is not None:
+        check_whole(checkpoint)
 
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments

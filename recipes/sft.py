@@ -45,7 +45,6 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "warmup_steps": training.warmup_steps,
         "per_device_train_batch_size": training.batch_size,
-        "train_sampling_strategy": "group_by_length",  # less padding
         "per_device_eval_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "weight_decay": training.weight_decay,
@@ -105,16 +104,23 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     from trl import SFTConfig, SFTTrainer
 
     from malpyeong.training.callbacks import Guards, OwnArguments, StepClock, explain_out_of_memory, show_progress
+    from malpyeong.training.order import LengthGroupedOrder
     from malpyeong.training.preflight import check
 
     check(recipe, backend)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {name: sft_dataset(tokenizer, split, model_block.max_length) for name, split in splits.items()}
 
+    class OrderedTrainer(SFTTrainer):
+        def _get_train_sampler(self, *_: Any) -> LengthGroupedOrder:  # noqa: ANN401 -- as in transformers
+            lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+            batch_size = training.batch_size * training.gradient_accumulation_steps
+            return LengthGroupedOrder(lengths, batch_size, training.seed)
+
     stated = arguments(recipe, backend)
     config = SFTConfig(**stated)
     expected = expected_arguments(config, stated)
-    trainer = SFTTrainer(
+    trainer = OrderedTrainer(
         model=model,
         args=config,
         train_dataset=datasets["train"],

@@ -66,6 +66,26 @@ def check_adapter(adapter: str | Path | None) -> dict[str, Any]:
     return config
 
 
+def check_base(name: str) -> None:
+    """Make sure that a named model is no adapter: transformers would load it with its base, and training put another
+    in its place.
+
+    Raises:
+        InputError: it is one.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        config = find_adapter_config_file(name)
+    except (OSError, ValueError):  # not found: loading says so
+        return
+    if config:
+        base = json.loads(Path(config).read_text("utf-8")).get("base_model_name_or_path")
+        raise InputError(
+            f"{name}: is an adapter; name it as such (model.adapter, --adapter) and its base {base} as the model"
+        )
+
+
 def check_pair(name: str, adapter: str | Path | None) -> None:
     """Make sure that an adapter is not put on a model that it, or one like it, has been merged into.
 
@@ -89,8 +109,9 @@ def check_lora(model: "ModelBlock") -> None:
     """Make sure that a recipe's LoRA block describes the adapter that it starts from.
 
     Raises:
-        InputError: rank, alpha or target modules differ.
+        InputError: rank, alpha or target modules differ, or the model is itself an adapter.
     """
+    check_base(model.name)
     if model.adapter is None:
         return
     config = check_adapter(model.adapter)
@@ -179,7 +200,7 @@ def check_fit(model: Any, adapter: str | Path) -> None:  # noqa: ANN401 -- a Pef
     held = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in name}
     with safe_open(adapter_folder(adapter) / "adapter_model.safetensors", "numpy") as file:
         saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 -- not a mapping
-    if len(held) != len(saved):
+    if held != saved:
         first = min(held ^ saved)
         raise _does_not_fit(adapter, f"{len(saved)} weights for {len(held)} places; only one of the two has {first}")
 

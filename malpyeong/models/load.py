@@ -14,6 +14,7 @@ from malpyeong.errors import InputError
 from malpyeong.models.adapter import (
     adapter_folder,
     check_adapter,
+    check_base,
     check_fit,
     check_lora,
     check_pair,
@@ -148,6 +149,7 @@ def tokenizer_for_prediction(name: str, adapter: str | None = None) -> "PreTrain
     Its ``model_max_length`` is ``model.max_length`` of the recipe that trained it; of another model it is what its
     files say, or a number beyond any length.
     """
+    check_base(name)
     check_adapter(adapter)
     check_pair(name, adapter)
     folder = adapter_folder(adapter) if adapter else None

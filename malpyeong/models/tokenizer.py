@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from malpyeong.errors import InputError
 from malpyeong.files import missing_cure, write_text
+from malpyeong.prompts.messages import TEMPLATE_OPTIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def load_tokenizer(
                 "stop. Name a token that no text contains with model.pad_token"
             )
         tokenizer.pad_token = spare
-    tokenizer.chat_template = _without_today(tokenizer.chat_template)
+    tokenizer.chat_template = _as_trained(tokenizer.chat_template)
     tokenizer.padding_side = "left"
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
@@ -99,12 +100,20 @@ def name_old_tokenizer_class(folder: Path) -> None:
     write_text(path, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
 
-def _without_today(template: str | dict[str, str]) -> str | dict[str, str]:
+def _as_trained(template: str | dict[str, str]) -> str | dict[str, str]:
+    """Return a template that knows no today and renders as in training where a program states none of its options.
+
+    Who serves a merged folder does not know that Qwen3 was trained without thinking.
+    """
     if isinstance(template, dict):
-        return {name: str(_without_today(text)) for name, text in template.items()}
-    if "strftime_now" not in template or template.startswith(_FROZEN_DATE):
-        return template
-    return _FROZEN_DATE + template
+        return {name: str(_as_trained(text)) for name, text in template.items()}
+    for name, value in TEMPLATE_OPTIONS.items():
+        default = f"{{%- if {name} is not defined -%}}{{%- set {name} = {json.dumps(value)} -%}}{{%- endif -%}}"
+        if name in template and default not in template:
+            template = default + template
+    if "strftime_now" in template and _FROZEN_DATE not in template:
+        template = _FROZEN_DATE + template
+    return template
 
 
 def _is_spare(tokenizer: "PreTrainedTokenizerBase", token: str) -> bool:

@@ -14,6 +14,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path
     if run_has_ended(output, recipe):
         click.echo(f"{output / 'adapter'}: this run has ended already")
         return None
+    if checkpoint is not None:
+        for folder in {checkpoint, best_checkpoint(checkpoint)}:
+            check_whole(folder)
     return inputs, checkpoint
 
 
@@ -233,6 +237,30 @@ def last_checkpoint(output: Path) -> Path | None:
         else:
             return folder
     return None
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Make sure that a complete checkpoint has not been cut off since, as by a copy: the trainer would end in a
+    traceback, or go on without what is missing.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    weights = list(checkpoint.rglob("*.safetensors")) or [checkpoint / "adapter_model.safetensors"]
+    for path in (*weights, *(checkpoint / name for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))):
+        try:
+            if path in weights:
+                with safe_open(path, "numpy"):
+                    pass
+            elif not zipfile.is_zipfile(path):  # what torch.save writes
+                raise OSError("missing or cut off")
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path}: cannot be read ({error}); copy the checkpoint again, or remove {checkpoint.name} to go on "
+                "from an earlier one or from the start"
+            ) from None
 
 
 def checkpoints(output: Path) -> list[Path]:

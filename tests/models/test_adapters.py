@@ -100,6 +100,28 @@ def test_an_adapter_of_which_a_part_finds_no_place_is_refused(adapter, tmp_path)
         put_adapter(load_base(str(TINY_BASE), torch.float32), tmp_path / "adapter")
 
 
+def test_an_adapter_whose_weights_have_other_names_is_refused(adapter, tmp_path):
+    """As of the same layers inside another architecture: as many weights, of which PEFT loads none."""
+    shutil.copytree(adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = {name.replace(".layers.", ".language_model.layers."): one for name, one in load_file(file).items()}
+    save_file(weights, file)
+    with pytest.raises(InputError, match=r"does not fit the base model .*layers\.0\."):
+        put_adapter(load_base(str(TINY_BASE), torch.float32), tmp_path / "adapter")
+
+
+def test_an_adapter_is_no_model(adapter, tmp_path):
+    """transformers would load it with its base; a new adapter would then be put in its place."""
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text("utf-8")), "base_model_name_or_path": str(TINY_BASE)}))
+    named = block().model_copy(update={"name": str(tmp_path / "adapter")})
+    with pytest.raises(InputError, match=re.escape(str(TINY_BASE))):
+        load_for_training(named, seed=0, gradient_checkpointing=False)
+    command = [str(tmp_path / "adapter"), str(DATA / "test_questions.json"), "-o", str(tmp_path / "out.json")]
+    assert str(TINY_BASE) in one_line(CliRunner().invoke(predict_command, command))
+
+
 def test_a_base_of_4_bit_weights_is_dequantised_and_merged(adapter, tmp_path):
     base = tmp_path / "bnb-4bit"
     load_base(str(TINY_BASE), torch.float32, load_in_4bit=True).save_pretrained(base)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
@@ -225,6 +226,22 @@ def test_todays_date_is_frozen_when_a_tokenizer_is_loaded(tmp_path):
     # It stays so in what is saved beside an adapter, and is not frozen twice.
     frozen.save_pretrained(tmp_path / "adapter")
     assert load_tokenizer(str(tmp_path / "adapter")).chat_template == frozen.chat_template
+
+
+def test_whoever_renders_a_saved_template_sees_the_prompt_of_training(tmp_path):
+    """Servers do not pass the template's options: Qwen3 would think, and some templates have a date of their own."""
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    dated = "{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{{- date_string }}"
+    tokenizer.chat_template = dated + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "base")
+    load_tokenizer(str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+
+    saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    messages = build_messages(RECORDS[0])
+    assert saved.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == prompt_ids(saved, messages)
+    thinking = saved.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=True)
+    assert "<think>" not in thinking
+    assert load_tokenizer(str(tmp_path / "adapter")).chat_template == saved.chat_template
 
 
 def test_a_tokenizer_that_changes_text_is_an_error():

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from pyarrow.parquet import read_table
@@ -24,6 +25,7 @@ from malpyeong.report.run_page import read_run, run_page
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.callbacks import Guards, progress_line
 from malpyeong.training.data import Questions, grpo_dataset
+from malpyeong.training.order import LengthGroupedOrder
 from malpyeong.training.run import check_run, digests, start_run
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +252,47 @@ def test_sft_finds_its_best_checkpoint_where_the_folder_is_now(data, adapter, tm
     state["best_global_step"] = 7
     (run / "checkpoint-30" / "trainer_state.json").write_text(json.dumps(state), "utf-8")
     assert f"{run / 'checkpoint-7'}: is missing" in refused(sft(data, run, "--resume", "auto"))
+
+
+def test_the_order_of_an_epoch_follows_from_its_number_alone():
+    lengths = [place % 17 for place in range(60)]
+    order, other = (LengthGroupedOrder(lengths, 4, seed) for seed in (0, 7))
+    first = list(order)
+    torch.rand(1)
+    order.set_epoch(1)
+    second = list(order)
+    assert sorted(first) == sorted(second) == list(range(60))
+    assert first != second != list(other)
+    order.set_epoch(0)
+    assert list(order) == first
+
+
+@pytest.mark.slow
+def test_sft_resumed_within_a_later_epoch_reads_each_record_once(data, tmp_path):
+    """Six steps an epoch; as if the run had been killed after its checkpoint of step 8."""
+    size = ("training.epochs=2", "training.eval_steps=4", "training.patience=9")
+    finished(sft(data, tmp_path / "whole", *size))
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    assert "checkpoint-8" in finished(sft(data, tmp_path / "run", *size, "--resume", "auto"))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("share", [0.5, None], ids=["cut off", "missing"])
+def test_a_checkpoint_that_is_not_whole_is_refused_and_kept(name, share, data, adapter, tmp_path):
+    shutil.copytree(adapter.parent / "checkpoint-30", tmp_path / "run" / "checkpoint-30")
+    for file in ("config.yaml", "environment.json"):
+        shutil.copy(adapter.parent / file, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-30" / name
+    content = file.read_bytes()
+    file.unlink()
+    if share:
+        file.write_bytes(content[: int(len(content) * share)])
+    line = refused(sft(data, tmp_path / "run", "--resume", "auto"))
+    assert f"{file}: " in line
+    assert (file.parent / "trainer_state.json").exists()
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
