@@ -129,7 +129,13 @@ class Child:
 
     def __init__(self, job: Job, work: Path) -> None:
         self.stack, self.output = work / "stack.txt", work / "output.txt"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONHASHSEED": "0",
+        }
         with self.output.open("wb") as output:
             command = [sys.executable, "-c", CHILD, str(self.stack), *job.words]
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
@@ -160,8 +166,8 @@ class Child:
     def lines(self) -> list[str]:
         """Wait for the end; return the lines that it printed, without progress bars."""
         self.process.wait()
-        text = self.output.read_text("utf-8", errors="replace").replace("\r", "\n")
-        return [line for line in text.splitlines() if line.strip() and "%|" not in line]
+        text = re.sub(r"\x1b\[\w", "", self.output.read_text("utf-8", errors="replace")).replace("\r", "\n")
+        return [line.strip() for line in text.splitlines() if line.strip() and "%|" not in line]
 
 
 def snapshot(folder: Path) -> dict[str, int]:
@@ -226,9 +232,8 @@ def undisturbed(job: Job, work: Path) -> None:
         raise SystemExit("\n".join(lines[-20:]))
     job.seconds = time.perf_counter() - begin
     job.whole, job.size = contents(job.folder), sum(snapshot(job.folder).values())
-    last = max((name for name in job.whole if FIRST_SAVED.search(name)), key=lambda name: (len(name), name), default="")
-    job.saved = re.compile(last) if last else FIRST_SAVED
-    job.room = 2**16 if last else -(-part // 4096) * 4096
+    job.saved = re.compile(r"^log\.json$") if "log.json" in job.whole else FIRST_SAVED
+    job.room = 2**16 if "log.json" in job.whole else -(-part // 4096) * 4096
 
 
 def kill_one(job: Job, work: Path, rng: random.Random, aim: str) -> str | None:
@@ -260,7 +265,7 @@ def torture(job: Job, work: Path, kills: int, rng: random.Random) -> dict[str, A
     phases: Counter[str] = Counter()
     different: set[str] = set()
     runs = doubled = lost = 0
-    aims = [*("any", "save", "write") * kills][:kills] + ["end"]
+    aims = [*[*("any", "save", "write") * kills][:kills], "end"]
     while phases.total() < kills:
         shutil.rmtree(job.folder, ignore_errors=True)
         while phase := kill_one(job, work, rng, aims[min(kills, phases.total())]):
@@ -334,12 +339,12 @@ def fault(job: Job, work: Path, disk: Disk, name: str) -> str:
         saved = job.saved if name == "full at the end" else FIRST_SAVED
         if not child.begun() or not child.wait_until(lambda: any(map(saved.search, snapshot(job.folder)))):
             return "ended before the fault"
-        child.process.send_signal(signal.SIGSTOP)
         if name == "read-only":
             disk.make_read_only()
         else:
+            child.process.send_signal(signal.SIGSTOP)
             disk.fill(child, job.room if name == "full at the end" else job.size // 4)
-        child.process.send_signal(signal.SIGCONT)
+            child.process.send_signal(signal.SIGCONT)
     lines = child.lines()
     errors = [line for line in lines if line.startswith("Error: ")]
     click.echo(f"{job.name}, {name}: exit code {child.process.returncode}, {errors or lines[-3:]}")
@@ -359,9 +364,8 @@ def table(rows: Sequence[Mapping[str, Any]], way: str) -> str:
     for row in rows:
         phases = ", ".join(f"{phase} {count}" for phase, count in row["phases"].items())
         same = ", ".join(row["different"]) or "yes"
-        lines.append(
-            f"| {row['command']} | {row['kills']} | {row['runs']} | {phases} | {same} | {row['doubled']} / {row['lost']} |"
-        )
+        counts = f"{row['doubled']} / {row['lost']}"
+        lines.append(f"| {row['command']} | {row['kills']} | {row['runs']} | {phases} | {same} | {counts} |")
     lines += ["", f"Full disk and read-only folder: {way}.", "", f"| command | {' | '.join(FAULTS)} |", "|-" * 5 + "|"]
     for row in rows:
         cells = [row["faults"].get(name, "not run") or "one line, same files" for name in FAULTS]
