@@ -3,9 +3,9 @@
     make torture                                            # 10 kills of each command, then both faults
     python -m benchmarks.torture --command sft --kills 2    # a look at one of them
 
-Kills: a run of the tiny model is killed at random moments, resumed, killed again, until it ends; then the next one
-begins. A third of the kills come at any moment, a third while a checkpoint or part file is written, a third while a
-result is. What the run was doing is read from its Python stack. In the end every file must be that of a run that
+Kills: a run of the tiny model is killed at a random moment, resumed, killed again, until it ends; then the next one
+begins. From its random moment on a kill waits until the run's Python stack says that it is in the phase whose turn it
+is: generation, reward, update, save, write. In the end every file must be that of a run that
 nobody disturbed, bit for bit (of logs and tables: all but times), and no other file be left.
 
 Faults: the disk fills up, or becomes read-only, before, within and at the end of a run. The command must end in one
@@ -39,17 +39,15 @@ from malpyeong.terminal import Command
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("sft", "grpo", "mine", "predict")
-# Python that shows its stack on SIGUSR1, in the file that its first argument names.
+# Python that shows its stack on SIGUSR1, in the file that its first argument names, from the first line that it prints.
 CHILD = (
     "import faulthandler, runpy, signal, sys; shown = open(sys.argv[1], 'w'); faulthandler.register(signal.SIGUSR1, "
-    "shown); sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    "shown); print(flush=True); sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 BEGUN = re.compile(rb"(?:^|[\r\n])(?:predict: |mine: )? *\d+%\|")  # the progress bar
-# What appears or grows when a run writes; kills aim at it.
-AIMS = {"save": re.compile(r"checkpoint-\d+/|part\.jsonl$"), "write": re.compile(r"\.write-|\.part-")}
 FIRST_SAVED = re.compile(r"checkpoint-\d+/trainer_state\.json|part\.jsonl$")
 FAULTS = ("full", "full at the end", "read-only at the start", "read-only")
-# Part of a stack → what the run is doing, the first that fits.
+# What the run is doing → what its stack holds then; the first that fits.
 PHASES = {
     "write": ("malpyeong/files.py", "finish_run"),
     "save": ("_save_checkpoint",),
@@ -60,7 +58,13 @@ PHASES = {
     "perplexity": ("perplexity.py",),
     "update": ("training_step", "optimizer.py", "_clip_grad_norm"),
 }
-TIMES = re.compile(r"_seconds$|_runtime$|_per_second$")
+AIMS = {
+    "sft": ("update", "evaluation", "save", "write", "any"),
+    "grpo": ("generation", "reward", "update", "save", "write"),
+    "mine": ("perplexity", "write", "any"),
+    "predict": ("generation", "write", "any"),
+}
+TIMES = re.compile(r"_seconds$|_runtime$|_per_second$|^step_time$")
 
 
 @dataclass
@@ -91,18 +95,18 @@ class Job:
 def jobs(work: Path) -> list[Job]:
     """Write the small data and return the four commands on it."""
     records = sorted(load_records(DATA / "train.json", "gold"), key=lambda one: len(one.question + (one.answer or "")))
-    for name, part in (("train", records[:160]), ("dev", records[160:168]), ("questions", records[:40])):
+    for name, part in (("train", records[:160]), ("dev", records[160:168]), ("questions", records[:24])):
         write_records(work / f"{name}.json", part)
     train, dev, questions = (work / f"{name}.json" for name in ("train", "dev", "questions"))
     model = f"model.name={TINY_BASE}"
     recipes = {
         "sft": [
-            *(f"data.train={train}", f"data.dev={dev}", "training.batch_size=16", "training.epochs=1.2"),
+            *(f"data.train={train}", f"data.dev={dev}", "training.batch_size=8", "training.epochs=0.6"),
             *("training.eval_steps=2", "training.logging_steps=1", "training.warmup_steps=2"),
         ],
         "grpo": [
             *(f"data.train={train}", f"model.adapter={work / 'adapter'}", "training.batch_size=8"),
-            *("training.num_generations=4", "training.max_completion_length=96", "training.max_steps=8"),
+            *("training.num_generations=4", "training.max_completion_length=64", "training.max_steps=6"),
             *("training.save_steps=2", "data.rewards={format: 1, rouge_1: 1}"),
         ],
         "mine": [f'data.questions=["{questions}"]', "mining.batch_tokens=2000"],
@@ -113,7 +117,7 @@ def jobs(work: Path) -> list[Job]:
         recipe = ("recipes/tiny", f"{name}.yaml")
         words = [f"recipes/{name}.py", "/".join(recipe), model, *overrides, output, "--resume", "auto"]
         found.append(Job(name, words, work / "disk" / name))
-    answers = ["malpyeong/predict.py", TINY_BASE, questions, "--batch-size", "4", "--max-new-tokens", "96"]
+    answers = ["malpyeong/predict.py", TINY_BASE, questions, "--batch-size", "4", "--max-new-tokens", "64"]
     found.append(
         Job(
             "predict",
@@ -152,15 +156,12 @@ class Child:
         """Wait for the progress bar."""
         return self.wait_until(lambda: BEGUN.search(self.output.read_bytes()) is not None)
 
-    def kill(self) -> str | None:
-        """Kill, and return what the command was doing; None if it had ended."""
+    def doing(self) -> str:
+        """Return what the command is doing, "other" if it is nothing that has a name here."""
+        before = self.stack.stat().st_size
         self.process.send_signal(signal.SIGUSR1)
-        self.wait_until(lambda: "\n" in self.stack.read_text(errors="replace"))
-        if self.process.poll() is not None:
-            return None
-        self.process.kill()
-        self.process.wait()
-        stack = self.stack.read_text(errors="replace")
+        time.sleep(0.001)
+        stack = self.stack.read_bytes()[before:].decode(errors="replace")
         return next((phase for phase, marks in PHASES.items() if any(mark in stack for mark in marks)), "other")
 
     def lines(self) -> list[str]:
@@ -239,22 +240,22 @@ def undisturbed(job: Job, work: Path) -> None:
 def kill_one(job: Job, work: Path, rng: random.Random, aim: str) -> str | None:
     """Start a command and kill it, unless ``aim`` is "end"; return what it was doing, or None if it came to its end."""
     child = Child(job, work)
-    if aim != "write" or rng.random() < 0.5:  # else it may be killed while it writes down what it is made from
+    if aim == "write" and rng.random() < 0.5:  # it may be killed while it writes down what it is made from
+        child.wait_until(lambda: child.output.stat().st_size > 0)
+    else:
         child.begun()
-    moment = time.perf_counter() + (rng.uniform(0, 0.8 * job.seconds) if aim != "write" else 0)
-    before: set[tuple[str, int]] = set()
+    moment = time.perf_counter() + (rng.uniform(0, 0.7 * job.seconds) if aim not in ("write", "end") else 0)
+    phase = ""
 
-    def now() -> bool:
-        nonlocal before
-        if aim == "end" or time.perf_counter() < moment:
-            return False
-        files = set(snapshot(job.folder).items())
-        before = before or files
-        return aim == "any" or any(AIMS[aim].search(name) for name, _ in files - before)
+    def is_time() -> bool:
+        nonlocal phase
+        phase = child.doing() if aim != "end" and time.perf_counter() > moment else ""
+        return bool(phase) and aim in ("any", phase)
 
-    if child.wait_until(now):
-        time.sleep(rng.uniform(0, 0.01) if aim != "any" else 0)
-        return child.kill()
+    if child.wait_until(is_time):
+        child.process.kill()
+        child.process.wait()
+        return phase
     if child.process.returncode:
         raise SystemExit("\n".join([f"{job.name}: does not resume", *child.lines()[-20:]]))
     return None
@@ -265,7 +266,7 @@ def torture(job: Job, work: Path, kills: int, rng: random.Random) -> dict[str, A
     phases: Counter[str] = Counter()
     different: set[str] = set()
     runs = doubled = lost = 0
-    aims = [*[*("any", "save", "write") * kills][:kills], "end"]
+    aims = [*(AIMS[job.name] * kills)[:kills], "end"]
     while phases.total() < kills:
         shutil.rmtree(job.folder, ignore_errors=True)
         while phase := kill_one(job, work, rng, aims[min(kills, phases.total())]):
