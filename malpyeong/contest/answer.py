@@ -132,7 +132,7 @@ def format_problem(text: str) -> str | None:
         return "a <think> block is left in the answer"
     if "```" in text:
         return "code fence around the answer"
-    if "\n" in text.strip():
+    if "\n" in text.strip() or "\r" in text.strip():
         return "more than one line"
     if text != text.strip():
         return "space before or after the answer"

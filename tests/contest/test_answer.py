@@ -151,6 +151,7 @@ def test_subject_particle(text, particle):
         ('<think>\n</think>"가."가 옳다. 이유다.', "<think>"),
         ('```"가."가 옳다. 이유다.```', "code fence"),
         ('"가."가 옳다.\n이유다.', "more than one line"),
+        ('"가."가 옳다. 이유이고\r이유다.', "more than one line"),
         (' "가."가 옳다. 이유다.', "space before"),
         ("“가.”가 옳다. 이유다.", "straight double quote"),
         ("'가.'가 옳다. 이유다.", "straight double quote"),
