@@ -33,8 +33,10 @@ def read_bytes(path: Path, expected: str) -> bytes:
         expected: what should be in it, for the message: "a JSON list of records".
 
     Raises:
-        InputError: it is missing, a folder, unreadable or empty.
+        InputError: it is missing, a folder, a pipe, unreadable or empty.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # it might never end
+        raise InputError(f"{path}: is a pipe or device; write its content into a file and name that")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
