@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from malpyeong.contest.records import Record, check_same_questions, load_records, parse_json
-from malpyeong.errors import InputError
+from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text
 from malpyeong.metrics.aggregate import METRICS
 
@@ -34,10 +34,13 @@ def load_categories(path: Path) -> dict[str, str]:
     """
     expected = 'a JSON object like {"1": "띄어쓰기", "2": "문장 부호"}'
     values = parse_json(str(path), read_text(path, expected))
-    try:
-        return {str(id_): str(value["category"] if isinstance(value, dict) else value) for id_, value in values.items()}
-    except (KeyError, AttributeError):
-        raise InputError(f"{path}: is not {expected}") from None
+    if not isinstance(values, dict) or not values:
+        raise InputError(f"{path}: is not {expected}")
+    categories = {id_: value.get("category") if isinstance(value, dict) else value for id_, value in values.items()}
+    for id_, category in categories.items():
+        if not isinstance(category, str):
+            raise InputError(f'{path}: id "{printable(id_, 40)}" has no category; expected {expected}')
+    return categories
 
 
 def parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:

@@ -109,7 +109,23 @@ def test_no_answer_breaks_anything(part):
 @pytest.mark.slow
 def test_what_is_written_is_read_back_and_is_no_problem():
     rng = random.Random(0)
-    tame = ("가게에 갔다", "집에 감", "옛말", "ㄹ", "ㆍ", "ㅿ", "\u1112\u119e\u11ab", "歷史", "ʃ", "bus", "👍", " ", ", ", "‘감’", "2024. 3. 1")
+    tame = (
+        "가게에 갔다",
+        "집에 감",
+        "옛말",
+        "ㄹ",
+        "ㆍ",
+        "ㅿ",
+        "\u1112\u119e\u11ab",
+        "歷史",
+        "ʃ",
+        "bus",
+        "👍",
+        " ",
+        ", ",
+        "‘감’",
+        "2024. 3. 1",
+    )
     written = 0
     for _ in range(20_000):
         wild = rng.random() < 0.5
