@@ -13,6 +13,7 @@ line, and go on to the same result once there is room. Where the kernel lets a u
 a tmpfs; elsewhere files may not grow beyond a limit (EFBIG), and read-only is a folder without the right to write.
 """
 
+import itertools
 import json
 import os
 import random
@@ -266,10 +267,10 @@ def torture(job: Job, work: Path, kills: int, rng: random.Random) -> dict[str, A
     phases: Counter[str] = Counter()
     different: set[str] = set()
     runs = doubled = lost = 0
-    aims = [*(AIMS[job.name] * kills)[:kills], "end"]
+    aims = itertools.cycle(AIMS[job.name])  # the next one's turn also after a run in which none came: some are short
     while phases.total() < kills:
         shutil.rmtree(job.folder, ignore_errors=True)
-        while phase := kill_one(job, work, rng, aims[min(kills, phases.total())]):
+        while phase := kill_one(job, work, rng, next(aims) if phases.total() < kills else "end"):
             phases[phase] += 1
             click.echo(f"{job.name}: kill {phases.total()} in {phase}")
         runs += 1
@@ -390,7 +391,7 @@ def main(names: Sequence[str], kills: int, seed: int, faults: bool, output: Path
     (work / "disk").mkdir(parents=True, exist_ok=True)
     rows = []
     for job in jobs(work):
-        if job.name not in names and (job.name != "sft" or "grpo" not in names):
+        if job.name not in names and (job.name != "sft" or "grpo" not in names or (work / "adapter").exists()):
             continue
         shutil.rmtree(job.folder, ignore_errors=True)
         undisturbed(job, work)

@@ -135,7 +135,7 @@ def arguments(name, bad, good, output):
         "doctor": ("malpyeong.doctor", [bad if role == "recipe" else tiny / "sft.yaml", *training, "--quick"]),
         "mine": (
             "recipes/mine.py",
-            [tiny / "mine.yaml", *(f"data.{key}={value}" for key, value in mine.items() if key in ("questions", "rules", "context")),
+            [tiny / "mine.yaml", *(f"data.{key}={mine[key]}" for key in ("questions", "rules", "context")),
              f"mining.output={output / 'mined'}", "--estimate"],
         ),
         "search": ("malpyeong.retrieval.__main__", ["search", *searched, "-o", output / "found.jsonl"]),
@@ -147,10 +147,12 @@ def arguments(name, bad, good, output):
 
 ROLES = (
     *("evaluate, gold", "evaluate, pred", "evaluate, categories", "report, gold", "report, pred", "report, categories"),
-    *("submit, gold", "submit, pred", "predict, questions", "predict, context", "mine, questions", "mine, rules", "mine, context"),
-    *("sft, recipe", "sft, train", "sft, dev", "sft, context", "sft, labels", "doctor, recipe", "doctor, train", "doctor, labels"),
-    *("search, questions", "search, rules", "search, examples", "search, labels", "compare, questions", "compare, rules"),
-    *("compare, labels", "rules, document", "run, config.yaml", "run, environment.json", "run, log.json"),
+    *("submit, gold", "submit, pred", "predict, questions", "predict, context"),
+    *("mine, questions", "mine, rules", "mine, context"),
+    *("sft, recipe", "sft, train", "sft, dev", "sft, context", "sft, labels"),
+    *("doctor, recipe", "doctor, train", "doctor, labels"),
+    *("search, questions", "search, rules", "search, examples", "search, labels", "compare, questions"),
+    *("compare, rules", "compare, labels", "rules, document", "run, config.yaml", "run, environment.json", "run, log.json"),
 )  # fmt: skip
 RUN = {"config.yaml": "{model: {name: a}, data: {}, training: {}}", "environment.json": "{}", "log.json": "[]"}
 OF_RECORDS = ("gold", "pred", "questions", "train", "dev", "examples")
