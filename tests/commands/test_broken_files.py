@@ -152,7 +152,8 @@ ROLES = (
     *("sft, recipe", "sft, train", "sft, dev", "sft, context", "sft, labels"),
     *("doctor, recipe", "doctor, train", "doctor, labels"),
     *("search, questions", "search, rules", "search, examples", "search, labels", "compare, questions"),
-    *("compare, rules", "compare, labels", "rules, document", "run, config.yaml", "run, environment.json", "run, log.json"),
+    *("compare, rules", "compare, labels", "rules, document"),
+    *("run, config.yaml", "run, environment.json", "run, log.json"),
 )  # fmt: skip
 RUN = {"config.yaml": "{model: {name: a}, data: {}, training: {}}", "environment.json": "{}", "log.json": "[]"}
 OF_RECORDS = ("gold", "pred", "questions", "train", "dev", "examples")
