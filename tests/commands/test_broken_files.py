@@ -20,7 +20,7 @@ from malpyeong.prompts.context import write_contexts
 from malpyeong.samples import DATA, TINY_BASE
 from tests.conftest import ROOT
 
-GOLD = load_records(DATA / "dev.json", "gold")[:4]
+GOLD, DEV = (load_records(DATA / f"{split}.json", "gold")[:4] for split in ("test", "dev"))
 GOOD = [record.to_json() for record in GOLD]
 TEXT = json.dumps(GOOD, ensure_ascii=False)
 
@@ -94,10 +94,11 @@ def good(tmp_path_factory):
     """Files that are as they should be."""
     folder = tmp_path_factory.mktemp("좋은 파일")
     write_records(folder / "gold.json", GOLD)
+    write_records(folder / "dev.json", DEV)
     rules = load_rule_book(DATA / "rules.json")[:5]
     (folder / "rules.json").write_text(json.dumps([rule.to_json() for rule in rules]))
-    write_contexts(folder / "context.jsonl", GOLD, [[(1.0, rules[0])]] * 4, [[]] * 4)
-    (folder / "labels.json").write_text(json.dumps({record.id: rules[0].id for record in GOLD}))
+    write_contexts(folder / "context.jsonl", GOLD + DEV, [[(1.0, rules[0])]] * 8, [[]] * 8)
+    (folder / "labels.json").write_text(json.dumps({record.id: rules[0].id for record in GOLD + DEV}))
     return folder
 
 
@@ -112,7 +113,7 @@ def arguments(name, bad, good, output):
     """Return a command's module and arguments; ``bad`` is the file that is broken."""
     gold, rules, context, labels = (good / file for file in ("gold.json", "rules.json", "context.jsonl", "labels.json"))
     module, role = name.split(", ")
-    sft = {"train": gold, "dev": gold, "context": context, "labels": labels, role: bad}
+    sft = {"train": gold, "dev": good / "dev.json", "context": context, "labels": labels, role: bad}
     training = [f"data.{key}={value}" for key, value in sft.items() if key in ("train", "dev", "context", "labels")]
     training += ["data.mode=choose_rule", f"training.output={output / 'run'}"]
     tiny = ROOT / "recipes" / "tiny"
@@ -191,7 +192,7 @@ def make(kind, path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROLES)
 def test_one_line_names_the_file(name, good, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(ROOT)
     failures = []
     for kind in {**KINDS, **(RECORDS if name.split(", ")[1] in OF_RECORDS else {})}.keys() - FINE.get(name, set()):
         folder = tmp_path / kind
