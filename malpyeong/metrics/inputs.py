@@ -36,10 +36,12 @@ def load_categories(path: Path) -> dict[str, str]:
     values = parse_json(str(path), read_text(path, expected))
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: is not {expected}")
-    categories = {id_: value.get("category") if isinstance(value, dict) else value for id_, value in values.items()}
-    for id_, category in categories.items():
+    categories: dict[str, str] = {}
+    for id_, value in values.items():
+        category = value.get("category") if isinstance(value, dict) else value
         if not isinstance(category, str):
             raise InputError(f'{path}: id "{printable(id_, 40)}" has no category; expected {expected}')
+        categories[id_] = category
     return categories
 
 
