@@ -30,12 +30,23 @@ class Command(click.Command):
         """
         try:
             return super().invoke(ctx)
+        except click.ClickException:
+            _close_progress_bars()
+            raise
         except OSError as error:
+            _close_progress_bars()
             reason = write_problem(error)
             if reason is None:
                 raise
             place = error.filename or "a file"
             raise InputError(f"{place}: {reason}; make room, or choose a place where you may read and write") from None
+
+
+def _close_progress_bars() -> None:
+    """End the line that an open progress bar stands on, so that an error begins one."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
 
 
 class Group(Command, click.Group):

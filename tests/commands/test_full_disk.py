@@ -1,6 +1,7 @@
 """A disk that is full: one line, nothing half-written. What runs into it is real; files may not grow beyond a limit."""
 
 import resource
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from malpyeong.errors import InputError
 from malpyeong.files import PartFile, _temporary_beside, new_folder, write_text, writing
@@ -74,6 +76,17 @@ def test_a_command_names_what_nothing_else_has_caught():
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
     assert "No space left" in result.stderr
+
+
+def test_an_error_begins_a_line_below_an_open_progress_bar():
+    bars = []
+
+    @click.command(cls=Command)
+    def main():
+        bars.append(tqdm(range(3), file=sys.stderr))
+        raise InputError("a")
+
+    assert CliRunner().invoke(main, []).stderr.splitlines()[-1] == "Error: a"
 
 
 def test_what_a_killed_write_left_is_removed(tmp_path):
