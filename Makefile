@@ -16,7 +16,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu gpu-check clean
+.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu gpu-check torture clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -101,6 +101,9 @@ bench-decoding: $(STAMP) ## constrained against free: seconds (ADAPTERS="one per
 
 bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; resumes where it stopped)
 	$(RUN) -m benchmarks.contexts -o "$(RUNS)/contexts"
+
+torture: $(STAMP) ## SIGKILL, full disk, read-only folder: does each long command end as if nothing had happened? (an hour)
+	$(RUN) -m benchmarks.torture -o "$(RUNS)/torture"
 
 # The contest's files are DATA/train.json, dev.json and test.json, or as they come (korean_language_rag_V1.0_train.json …),
 # .jsonl too; the first that is there.  $(call found,SPLIT)

@@ -1,19 +1,28 @@
 """Reading text with one clear line for what is wrong, writing files whole or not at all, part files, digests."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
 import unicodedata
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
+
 from malpyeong.errors import InputError
+
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")  # as safetensors and tokenizers have it
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container.*unexpected pos", re.DOTALL)
 
 
 def read_bytes(path: Path, expected: str) -> bytes:
@@ -24,8 +33,10 @@ def read_bytes(path: Path, expected: str) -> bytes:
         expected: what should be in it, for the message: "a JSON list of records".
 
     Raises:
-        InputError: it is missing, a folder, unreadable or empty.
+        InputError: it is missing, a folder, a pipe, unreadable or empty.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # it might never end
+        raise InputError(f"{path}: is a pipe or device; write its content into a file and name that")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -107,9 +118,48 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose a writable place") from None
+        raise not_written(path, error.strerror) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def not_written(path: Path, reason: str | None) -> InputError:
+    """Return the error for a place that cannot be written."""
+    return InputError(
+        f"{path}: cannot be written ({reason}); make room or choose a writable place, and start the same command again "
+        "(training: with --resume auto)"
+    )
+
+
+def write_problem(error: BaseException | None) -> str | None:
+    """Return why something could not be written, where that is what an error of any library comes from, else None."""
+    while error is not None:
+        in_words = _IN_WORDS.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(in_words[1]) if in_words else None
+        if number in _NOT_WRITABLE:
+            return os.strerror(number)
+        if _TORCH_WRITER.search(str(error)):  # torch does not say
+            return "is the disk full?"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what libraries raise where ``path`` cannot be written into one line.
+
+    Raises:
+        InputError: the disk is full, or no one may write there; whatever else is raised inside comes through.
+    """
+    try:
+        yield
+    except click.ClickException:
+        raise
+    except Exception as error:
+        reason = write_problem(error)
+        if reason is None:
+            raise
+        raise not_written(path, reason) from None
 
 
 def check_writable(path: Path, *sources: str | Path | None) -> None:
@@ -141,13 +191,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(stale)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.part-", dir=path.parent))
     except OSError as error:
-        raise InputError(f"{path}: cannot be made ({error.strerror}); choose a writable place") from None
+        raise not_written(path, error.strerror) from None
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            path.rmdir()
-        temporary.replace(path)
+        with writing(path):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            if path.exists():
+                path.rmdir()
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -209,9 +260,7 @@ class PartFile:
                     file.write(self._header + "\n")
                 file.write(json.dumps(piece, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}); make room and start again, to resume from there"
-            ) from None
+            raise not_written(self.path, error.strerror) from None
 
     def remove(self) -> None:
         """Delete the file: the result is there."""
@@ -229,9 +278,12 @@ def _temporary_beside(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise InputError(f"{path}: is a folder; name a file to write")
-        handle, name = tempfile.mkstemp(prefix=".write-", dir=path.parent)
+        prefix = f".write-{zlib.crc32(path.name.encode()):08x}-"  # the name itself may be too long for more
+        for stale in path.parent.glob(f"{prefix}*"):  # of a killed earlier attempt
+            stale.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose a writable place") from None
+        raise not_written(path, error.strerror) from None
     os.close(handle)
     return Path(name)
 

@@ -1,4 +1,5 @@
-"""Commands, on terminals that lack a character: a Korean Windows prints CP949, which has no ``–`` and no old Hangul."""
+"""What all commands share: they print on terminals that lack a character (a Korean Windows prints CP949, which has no
+``–``, no ``ʃ`` and no old Hangul), and end in one line where the disk is full or a place is not writable."""
 
 import io
 import json
@@ -11,15 +12,45 @@ from typing import Any
 
 import click
 
+from malpyeong.errors import InputError
+from malpyeong.files import write_problem
+
 
 class Command(click.Command):
-    """A command that prints ``?`` in the place of what the terminal's encoding lacks; the base of all commands here."""
+    """The base of all commands: prints ``?`` in the place of what the terminal's encoding lacks, and names in one line
+    what cannot be written."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- what click takes
         """Run the command; see :meth:`click.Command.main`."""
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # stderr prints an escape there anyway
         return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 -- what click returns
+        """Run the command's function.
+
+        Raises:
+            InputError: the disk is full or a place not writable, where nothing nearer to it has said so.
+        """
+        try:
+            return super().invoke(ctx)
+        except click.ClickException:
+            _close_progress_bars()
+            raise
+        except OSError as error:
+            _close_progress_bars()
+            reason = write_problem(error)
+            if reason is None:
+                raise
+            place = error.filename or "a file"
+            raise InputError(f"{place}: {reason}; make room, or choose a place where you may read and write") from None
+
+
+def _close_progress_bars() -> None:
+    """End the line that an open progress bar stands on, so that an error begins one."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
 
 
 class Group(Command, click.Group):

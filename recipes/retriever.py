@@ -28,7 +28,7 @@ from malpyeong.config.recipe import RetrieverRecipe
 from malpyeong.contest.records import Record, load_records
 from malpyeong.contest.rulebook import Rule, load_rule_book
 from malpyeong.errors import InputError, counted
-from malpyeong.files import new_folder
+from malpyeong.files import new_folder, writing
 from malpyeong.prompts.rule_choice import load_labels
 from malpyeong.retrieval.bm25 import BM25
 from malpyeong.retrieval.evaluate import check_labels
@@ -178,7 +178,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], resume: str) -> None:
     start_run(output, recipe, inputs)
     if checkpoint is not None:
         click.echo(f"resuming from {checkpoint}")
-    with explain_out_of_memory(None):
+    with explain_out_of_memory(None), writing(output):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     check_learnt(trained_weights(model), before, trainer.state.log_history)
     if model_block.lora:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from malpyeong.config.gpu import detect, preset
 from malpyeong.config.recipe import AnyRecipe, Block, GRPORecipe, MiningRecipe, RetrieverRecipe, SFTRecipe, hint
 from malpyeong.errors import InputError
-from malpyeong.files import missing_cure, nfd_twin
+from malpyeong.files import read_text
 
 KINDS: tuple[type[Block], ...] = (SFTRecipe, GRPORecipe, MiningRecipe, RetrieverRecipe)
 STAGES = {str(kind.model_fields["stage"].default): kind for kind in KINDS}
@@ -100,13 +100,11 @@ def upgrade(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
+    text = read_text(Path(path), "a recipe such as recipes/tiny/sft.yaml")
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except OSError as error:
-        cure = "name a recipe such as recipes/tiny/sft.yaml"
-        if nfd_twin(Path(path)):
-            cure = missing_cure(Path(path))
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {cure}") from None
+        values = yaml.safe_load(text)
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deeply to be a recipe") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):

@@ -169,7 +169,7 @@ def format_problem(text: str) -> FormatProblem | None:
         return FormatProblem.THINKING
     if "```" in text:
         return FormatProblem.CODE_FENCE
-    if "\n" in text.strip():
+    if "\n" in text.strip() or "\r" in text.strip():
         return FormatProblem.LINES
     if text != text.strip():
         return FormatProblem.OUTER_SPACE

@@ -1,14 +1,14 @@
 """What a scoring of a prediction file takes: its files and its command-line options."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from malpyeong.contest.records import Record, check_same_questions, load_records
-from malpyeong.errors import InputError
+from malpyeong.contest.records import Record, check_same_questions, load_records, parse_json
+from malpyeong.errors import InputError, printable
+from malpyeong.files import read_text
 from malpyeong.metrics.aggregate import METRICS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,11 +32,17 @@ def load_categories(path: Path) -> dict[str, str]:
     Raises:
         InputError: it cannot be read or is of another form.
     """
-    try:
-        values = json.loads(path.read_text("utf-8"))
-        return {str(id_): str(value["category"] if isinstance(value, dict) else value) for id_, value in values.items()}
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise InputError(f'{path}: is not a JSON object like {{"1": "띄어쓰기", "2": "문장 부호"}}') from None
+    expected = 'a JSON object like {"1": "띄어쓰기", "2": "문장 부호"}'
+    values = parse_json(str(path), read_text(path, expected))
+    if not isinstance(values, dict) or not values:
+        raise InputError(f"{path}: is not {expected}")
+    categories: dict[str, str] = {}
+    for id_, value in values.items():
+        category = value.get("category") if isinstance(value, dict) else value
+        if not isinstance(category, str):
+            raise InputError(f'{path}: id "{printable(id_, 40)}" has no category; expected {expected}')
+        categories[id_] = category
+    return categories
 
 
 def parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ def read_run(path: Path) -> Run:
         raise InputError(
             f"{path}: has no config.yaml; name the folder of a training run, like runs/tiny-grpo"
         ) from None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError):
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{path / 'config.yaml'}: is damaged or not a recipe's; name a training run's folder"
         ) from None
@@ -126,7 +126,7 @@ def _read_json(path: Path, kind: type) -> Any:  # noqa: ANN401 -- what the file 
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); is this a training run's folder?") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path}: is damaged (not JSON); restore it or train again") from None
     if not isinstance(value, kind):
         raise InputError(f"{path}: is damaged (not what a run writes); restore it or train again")

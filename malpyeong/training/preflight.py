@@ -6,6 +6,7 @@ doctor also loads it and samples groups of completions, to see that rewards diff
 
 import itertools
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -301,7 +302,9 @@ def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
     adapter = 4 * shape.lora_parameters(lora.r, lora.target_modules) / GIB if shape else 1.0
     needed = 3 * 3 * adapter + adapter
     text = f"{free:.1f} GiB free in {place}, checkpoints and adapter take up to {needed:.1f}"
-    if free < needed:
+    if not os.access(place, os.W_OK):
+        yield Finding("error", f"{place}: cannot be written", "choose another folder with training.output=…")
+    elif free < needed:
         yield Finding("error", text, "make room, or choose another disk with training.output=…")
     else:
         yield Finding("ok", text)

@@ -321,10 +321,12 @@ def finish_run(
         model: the trained model.
         tokenizer: saved beside the adapter.
         base: name of the base model, recorded in the adapter (Unsloth puts a quantised copy's name there).
-        log: what the trainer logged.
+        log: what the trainer logged. The last row, of the whole run, is left out: of a run that was resumed its figures
+            are those of the last start, and one that was killed behind its last step has none.
     """
     model.peft_config["default"].base_model_name_or_path = base
-    write_text(output / "log.json", json.dumps(list(log), ensure_ascii=False, indent=1) + "\n")
+    steps = [row for row in log if "train_runtime" not in row]
+    write_text(output / "log.json", json.dumps(steps, ensure_ascii=False, indent=1) + "\n")
     with new_folder(output / "adapter") as folder:
         model.save_pretrained(folder, selected_adapters=["default"])
         save_tokenizer(tokenizer, folder)

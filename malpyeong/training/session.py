@@ -1,5 +1,6 @@
 """A training session: what both training scripts do before and after ``trainer.train``."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.files import writing
 from malpyeong.models.environment import keep_compiled_code
 from malpyeong.models.load import pick_dtype
 from malpyeong.models.memory import Backend
@@ -56,6 +58,13 @@ def announce_compilation(backend: Backend) -> None:
         click.echo(f"the first step compiles, which may take a minute; {folder} keeps the result for the next start")
 
 
+def go_on_counting(trainer: Any, checkpoint: Path) -> None:  # noqa: ANN401 -- a transformers Trainer
+    """Let the log's ``num_tokens`` go on where a checkpoint's ends: TRL's SFT trainer counts from 0 again."""
+    rows = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))["log_history"]
+    counts = [row[key] for row in rows for key in ("num_tokens", "eval_num_tokens") if key in row]
+    trainer._total_train_tokens = int(max(counts, default=0))
+
+
 @contextmanager
 def recorded(
     trainer: Any,  # noqa: ANN401 -- a transformers Trainer
@@ -78,6 +87,7 @@ def recorded(
 
     Raises:
         TrainingStoppedError: nothing was learnt (see ``malpyeong.training.callbacks``).
+        InputError: the run's folder cannot be written (any more).
     """
     from transformers import TrainerState
 
@@ -89,13 +99,15 @@ def recorded(
     start_run(output, recipe, inputs)
     if checkpoint is not None:
         click.echo(f"resuming from {checkpoint}")
-    if checkpoint is not None and is_last(checkpoint, getattr(recipe.training, "max_steps", None)):
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        trainer._load_from_checkpoint(str(best_checkpoint(checkpoint)))
-        yield False
-    else:
-        yield True
-    log = trainer.state.log_history
-    check_learnt(trained_weights(trainer.model), before, log)
-    tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it
-    finish_run(output, trainer.model, tokenizer, recipe.model.name, log)
+        go_on_counting(trainer, checkpoint)
+    with writing(output):
+        if checkpoint is not None and is_last(checkpoint, getattr(recipe.training, "max_steps", None)):
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            trainer._load_from_checkpoint(str(best_checkpoint(checkpoint)))
+            yield False
+        else:
+            yield True
+        log = trainer.state.log_history
+        check_learnt(trained_weights(trainer.model), before, log)
+        tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it
+        finish_run(output, trainer.model, tokenizer, recipe.model.name, log)

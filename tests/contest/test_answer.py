@@ -151,6 +151,7 @@ def test_subject_particle(text, particle):
         ('<think>\n</think>"가."가 옳다. 이유다.', FormatProblem.THINKING),
         ('```"가."가 옳다. 이유다.```', FormatProblem.CODE_FENCE),
         ('"가."가 옳다.\n이유다.', FormatProblem.LINES),
+        ('"가."가 옳다. 이유이고\r이유다.', FormatProblem.LINES),
         (' "가."가 옳다. 이유다.', FormatProblem.OUTER_SPACE),
         ("“가.”가 옳다. 이유다.", FormatProblem.OPENING_QUOTE),
         ("'가.'가 옳다. 이유다.", FormatProblem.OPENING_QUOTE),
