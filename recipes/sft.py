@@ -7,7 +7,8 @@ What it does:
 - QLoRA (NF4) or 16/32-bit LoRA, through Unsloth on a GPU and transformers + PEFT elsewhere.
 - The loss is on the answer alone. Prompts are rendered by the same function as in prediction and tokenized
   here, so no template can differ between the two; a record that does not fit is an error, never cut.
-- Dev loss is measured every ``eval_steps``; training stops when it no longer falls and keeps the best adapter.
+- Dev loss is measured every ``eval_steps``, with ``best_by: score`` the contest's score of dev's answers too; training
+  stops when what decides no longer gets better, and keeps the best adapter.
 - ``--resume auto`` resumes from the last complete checkpoint to the same result as an uninterrupted run.
 
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
@@ -65,8 +66,8 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
         "save_total_limit": 2,
         "load_best_model_at_end": True,
         "restore_callback_states_from_checkpoint": True,  # the count of early stopping
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+        "metric_for_best_model": f"eval_{training.best_by}",
+        "greater_is_better": training.best_by == "score",
         "logging_steps": training.logging_steps,
         "torch_empty_cache_steps": None,
         "eval_accumulation_steps": None,
@@ -104,6 +105,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
+    from malpyeong.decoding.dev import DevScores
     from malpyeong.training.callbacks import Guards, OwnArguments, StepClock, explain_out_of_memory, show_progress
     from malpyeong.training.preflight import check
 
@@ -111,21 +113,31 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {name: sft_dataset(tokenizer, split, model_block.max_length) for name, split in splits.items()}
 
+    callbacks: list[Any] = [EarlyStoppingCallback(training.patience), StepClock(), Guards(), OwnArguments()]
+    dev: DevScores | None = None
+    if training.best_by == "score":
+        longest = max(max(split.answer_lengths(tokenizer)) for split in splits.values())
+        output, rows = Path(training.output), 2 * training.batch_size
+        dev = DevScores(tokenizer, splits["dev"], model_block.max_length, longest, rows, {}, output)
+        callbacks.append(dev)
+
+    class ScoredTrainer(SFTTrainer):
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in transformers
+            result = super().evaluation_loop(*args, **kwargs)
+            if dev:
+                result.metrics.update(dev.evaluate(self.model).metrics)
+            return result
+
     stated = arguments(recipe, backend)
     config = SFTConfig(**stated)
     expected = expected_arguments(config, stated)
-    trainer = SFTTrainer(
+    trainer = ScoredTrainer(
         model=model,
         args=config,
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
         processing_class=tokenizer,
-        callbacks=[
-            EarlyStoppingCallback(early_stopping_patience=training.patience),
-            StepClock(),
-            Guards(),
-            OwnArguments(),
-        ],
+        callbacks=callbacks,
     )
     check_arguments(trainer.args, expected)
     show_progress(trainer)
@@ -133,8 +145,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         if steps_left:
             announce_compilation(backend)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    best = trainer.state.best_metric
-    click.echo(f"{training.output}/adapter: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
+    state = trainer.state
+    kept = dev.line(state) if dev else f"best dev loss {state.best_metric:.4f} at step {state.best_global_step}"
+    click.echo(f"{training.output}/adapter: {kept}")
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ class PromptData(Block):
 
 
 class TrainingData(PromptData):
-    """Contest files: what is trained on, and what is held out. ``dev`` decides when SFT stops; GRPO and ``test`` need
-    them only to see whether their questions are in train. ``drop_leaks`` takes those of dev out of it."""
+    """Contest files: what is trained on, and what is held out. ``dev`` decides which adapter is kept, and when training
+    stops; GRPO can do without. ``test`` is only looked at for questions that are in train too. ``drop_leaks`` takes
+    those of dev out of train."""
 
     train: str
     dev: str | None = None
@@ -110,8 +111,9 @@ class SFTData(TrainingData):
 
 
 class SFTTraining(Block):
-    """How the SFT stage trains. Dev loss is measured every ``eval_steps``; training stops when it has not
-    fallen for ``patience`` measurements, and the best adapter is kept."""
+    """How the SFT stage trains. Dev is looked at every ``eval_steps``: its loss, and with ``best_by: score`` the
+    contest's score of its answers too. Training stops when what ``best_by`` names has not got better for ``patience``
+    times, and the best adapter is kept."""
 
     output: str
     seed: int = 0
@@ -125,6 +127,7 @@ class SFTTraining(Block):
     optim: str = "adamw_8bit"
     gradient_checkpointing: bool = True
     eval_steps: int = Field(default=20, gt=0)
+    best_by: Literal["loss", "score"] = "loss"
     patience: int = Field(default=3, gt=0)
     logging_steps: int = Field(default=1, gt=0)
 
@@ -159,6 +162,9 @@ class GRPOTraining(Block):
     standard deviation within the group first. ``min_group_std``: see :class:`malpyeong.training.rewards.RewardRun`.
     ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
     on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's.
+    With ``data.dev`` the contest's score of its answers is measured every ``eval_steps``, where a checkpoint is written
+    (``save_steps`` is for runs without), and the best adapter is kept; training stops when it has not risen for
+    ``patience`` times.
     """
 
     output: str
@@ -187,6 +193,8 @@ class GRPOTraining(Block):
     gradient_checkpointing: bool = True
     logging_steps: int = Field(default=1, gt=0)
     save_steps: int = Field(default=25, gt=0)
+    eval_steps: int = Field(default=50, gt=0)
+    patience: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GRPOTraining":
@@ -196,11 +204,12 @@ class GRPOTraining(Block):
                 f"batch_size × gradient_accumulation_steps = {rollouts} completions a step is not a multiple "
                 f"of num_generations = {self.num_generations}"
             )
-        if self.save_steps % self.num_iterations:
-            raise ValueError(
-                f"save_steps = {self.save_steps} is not a multiple of num_iterations = {self.num_iterations}; a "
-                "checkpoint between two uses of the same completions could not be resumed"
-            )
+        for key in ("save_steps", "eval_steps"):
+            if getattr(self, key) % self.num_iterations:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} is not a multiple of num_iterations = {self.num_iterations}; a "
+                    "checkpoint between two uses of the same completions could not be resumed"
+                )
         return self
 
 
@@ -249,6 +258,14 @@ class SFTRecipe(Block):
     model: ModelBlock
     data: SFTData
     training: SFTTraining
+
+    @model_validator(mode="after")
+    def _has_answers(self) -> "SFTRecipe":
+        if self.training.best_by == "score" and self.data.mode == "recall_rule":
+            raise ValueError(
+                "training.best_by=score: in mode recall_rule there are no answers to score; leave it at loss"
+            )
+        return self
 
 
 class GRPORecipe(Block):

@@ -249,9 +249,11 @@ def is_last(checkpoint: Path, max_steps: int | None) -> bool:
         max_steps: of the run, where the recipe states them.
     """
     state = _state(checkpoint)
-    if max_steps is not None:
-        return bool(state["global_step"] >= max_steps)
-    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+    stopped = bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+    if max_steps is None:
+        return stopped
+    # At the last step of all the trainer stops too, but a longer run goes on from there.
+    return bool(state["global_step"] >= max_steps or (stopped and state["global_step"] < state["max_steps"]))
 
 
 def best_checkpoint(checkpoint: Path) -> Path:
