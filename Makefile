@@ -25,6 +25,7 @@ help: ## list the targets
 	@echo "  make sft-NAME      SFT with dev loss deciding when to stop        DATA=data  RUNS=runs"
 	@echo "  make doctor-NAME   preflight: will the GRPO stage run, and fit?   GPU=t4|24gb|40gb|80gb (default: what is here)"
 	@echo "  make grpo-NAME     GRPO, starting from the SFT adapter            MODEL=another hub id, or a folder"
+	@echo "  make score-NAME    the adapter on dev: greedy, and what its own samples hold for GRPO to win"
 	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=anything else that the command takes,"
 	@echo "  make submit-NAME   answer test.json, write a checked submission     as training.max_steps=500 or --batch-size=4"
 	@echo "  make hard-NAME     the questions that SFT knows least; to ask only those, grpo-NAME ARGS=data.train=RUNS/NAME-hard.json"
@@ -159,6 +160,12 @@ hard-%: $(STAMP)
 doctor-%: $(STAMP)
 	$(CONTEXT)
 	$(RUN) -m malpyeong.doctor $(call recipe,grpo) $(GRPO)
+
+# The newest adapter there is.
+score-%: $(STAMP)
+	$(CONTEXT)
+	@adapter="$(RUNS)/$*-grpo/adapter"; test -e "$$adapter" || adapter="$(RUNS)/$*-sft/adapter"; \
+	$(RUN) -m malpyeong.score "$$adapter" "$(DEV)" --context "$(FOUND).jsonl" $(if $(CHOICE),--choose) $(ARGS)
 
 export-%: $(STAMP)
 	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged" $(ARGS)

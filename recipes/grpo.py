@@ -39,9 +39,10 @@ from malpyeong.prompts.messages import TEMPLATE_OPTIONS
 from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.data import grpo_dataset, load_questions, load_train, with_prompt_data
-from malpyeong.training.rewards import RewardRun, load_models
+from malpyeong.training.preview import preview
+from malpyeong.training.rewards import RewardRun, load_functions, load_models
 from malpyeong.training.run import open_run
-from malpyeong.training.session import announce_compilation, precision, recorded
+from malpyeong.training.session import announce_compilation, precision, recorded, trackers
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
@@ -111,7 +112,8 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # malpyeong.training.callbacks looks for them
         "log_completions": True,  # to completions/, for `python -m malpyeong.report run`
         "num_completions_to_print": 0,
-        "report_to": [],
+        "report_to": trackers(training.report_to),
+        "run_name": Path(training.output).name,
         **precision(model_block.dtype),
     }
 
@@ -121,7 +123,8 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
+@click.option("--dry-run", is_flag=True, help="Show the resolved recipe, the batches and the first prompt, and stop.")
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str, dry_run: bool) -> None:
     """Train a LoRA adapter by GRPO, as RECIPE says."""
     prepare_environment()
     if drop_leaks:
@@ -129,6 +132,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
     questions = with_prompt_data(load_train(recipe.data), recipe.data)
+    own_rewards = load_functions(recipe.data.own_rewards)
+    if dry_run:
+        click.echo("\n".join(preview(recipe, questions)))
+        return
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return
@@ -145,10 +152,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     from malpyeong.training.preflight import check
 
     check(recipe, backend)
-    models = load_models(weights, recipe.data.scorers)
+    models = load_models(recipe.data.scorer_models, recipe.data.scorers)
     for name, scorer in models.items():
         click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
-    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std)
+    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std, own_rewards)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
     generations = math.ceil(training.max_steps / training.num_iterations)
     completions = training.batch_size * training.gradient_accumulation_steps

@@ -27,8 +27,9 @@ from malpyeong.models.memory import Backend
 from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.data import load_questions, load_train, sft_dataset, with_prompt_data
+from malpyeong.training.preview import preview
 from malpyeong.training.run import open_run
-from malpyeong.training.session import announce_compilation, precision, recorded
+from malpyeong.training.session import announce_compilation, precision, recorded, trackers
 
 
 def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
@@ -73,7 +74,8 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
         "eval_accumulation_steps": None,
         "include_num_input_tokens_seen": "no",
         "logging_nan_inf_filter": False,  # malpyeong.training.callbacks looks for them
-        "report_to": [],
+        "report_to": trackers(training.report_to),
+        "run_name": Path(training.output).name,
         **precision(model_block.dtype),
     }
 
@@ -83,7 +85,8 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
+@click.option("--dry-run", is_flag=True, help="Show the resolved recipe, the batches and the first prompt, and stop.")
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str, dry_run: bool) -> None:
     """Train a LoRA adapter by SFT, as RECIPE says."""
     prepare_environment()
     if drop_leaks:
@@ -94,6 +97,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         "train": with_prompt_data(load_train(recipe.data), recipe.data),
         "dev": load_questions(recipe.data.dev, recipe.data),
     }
+    if dry_run:
+        click.echo("\n".join(preview(recipe, splits["train"])))
+        return
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return

@@ -1,6 +1,7 @@
 """The blocks and keys of a recipe. How a file becomes one is in ``malpyeong.config.load``."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from malpyeong.config.gpu import Gpu
 
+Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 Mode = Literal["plain", "context", "choose_rule", "recall_rule"]
 
 # The rewards that a recipe may name, and the models that they need (``malpyeong.training.rewards`` has the functions).
@@ -20,6 +22,8 @@ REWARD_MODELS: dict[str, tuple[str, ...]] = {
     "official": ("bertscore", "bleurt"),
     "choice": (),
 }
+# A reward of one's own: FILE.py:FUNCTION.
+OWN_REWARD = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -116,6 +120,7 @@ class SFTTraining(Block):
     times, and the best adapter is kept."""
 
     output: str
+    report_to: Tracker = "none"
     seed: int = 0
     epochs: float = Field(gt=0)
     learning_rate: float = Field(gt=0)
@@ -142,10 +147,21 @@ class ScorersBlock(Block):
 
 
 class GRPOData(TrainingData):
-    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.training.rewards``)."""
+    """Files of the GRPO stage and the weight of each reward: one of ``malpyeong.training.rewards``, or a function of
+    one's own as ``my_rewards.py:shortness``."""
 
     rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     scorers: ScorersBlock | None = None
+
+    @property
+    def scorer_models(self) -> list[str]:
+        """The models of ``scorers`` that the rewards need."""
+        return sorted({model for name in self.rewards for model in REWARD_MODELS.get(name, ())})
+
+    @property
+    def own_rewards(self) -> dict[str, str]:
+        """The rewards of one's own: name → file."""
+        return {name: own["file"] for name in self.rewards if (own := OWN_REWARD.fullmatch(name))}
 
     @model_validator(mode="after")
     def _shows_rules(self) -> Self:
@@ -168,6 +184,7 @@ class GRPOTraining(Block):
     """
 
     output: str
+    report_to: Tracker = "none"
     seed: int = 0
     max_steps: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
@@ -262,9 +279,7 @@ class SFTRecipe(Block):
     @model_validator(mode="after")
     def _has_answers(self) -> "SFTRecipe":
         if self.training.best_by == "score" and self.data.mode == "recall_rule":
-            raise ValueError(
-                "training.best_by=score: in mode recall_rule there are no answers to score; leave it at loss"
-            )
+            raise ValueError("training.best_by=score: mode recall_rule has no answers to score; leave it at loss")
         return self
 
 
@@ -290,11 +305,11 @@ class GRPORecipe(Block):
         if not any(self.data.rewards.values()):
             raise ValueError("data.rewards: every weight is 0; nothing would be learnt")
         for name in self.data.rewards:
-            if name not in REWARD_MODELS:
+            if name not in REWARD_MODELS and name not in self.data.own_rewards:
                 raise ValueError(f"data.rewards.{name}: unknown reward{hint(name, REWARD_MODELS)}")
             if name == "choice" and self.data.mode != "choose_rule":
                 raise ValueError("data.rewards.choice: needs data.mode=choose_rule, and data.labels")
-            for model in REWARD_MODELS[name]:
+            for model in REWARD_MODELS.get(name, ()):
                 if getattr(self.data.scorers, model, None) is None:
                     raise ValueError(
                         f"data.rewards.{name}: needs data.scorers.{model}, the hub id or folder of a model"

@@ -58,6 +58,7 @@ FREE = (
     "training.output",
     "mining.output",
     "training.save_steps",
+    "training.report_to",
     "training.logging_steps",
     "training.gradient_checkpointing",
     "data.scorers.device",
@@ -91,6 +92,8 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path
     for name in ("bertscore", "bleurt"):
         if scorer := getattr(scorers, name, None):
             made_of[f"data.scorers.{name}"] = scorer
+    for name, file in getattr(recipe.data, "own_rewards", {}).items():
+        made_of[f"data.rewards.{name}"] = Path(file)
     inputs = digests(made_of)
     checkpoint = check_run(output, recipe, inputs, resume)
     if run_has_ended(output, recipe):
@@ -199,7 +202,7 @@ def start_run(output: Path, recipe: Block, inputs: Inputs) -> None:
     Of a run that is resumed the versions stay; the adapter of one that had ended and is trained further moves to
     ``adapter-STEPS``.
     """
-    environment = {"versions": _versions(), "git": _git_revision(), "sha256": dict(inputs)}
+    environment = {"versions": _versions(), "git": git_revision(), "sha256": dict(inputs)}
     config = output / "config.yaml"
     if config.exists():
         environment = {**_environment(output), "sha256": environment["sha256"]}
@@ -389,7 +392,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """Return the revision of this source, with ``-dirty`` where it was changed, or None."""
     try:
         result = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
