@@ -16,7 +16,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu gpu-check clean
+.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts bench-gpu gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -99,6 +99,11 @@ bench-decoding: $(STAMP) ## constrained against free: seconds (ADAPTERS="one per
 	$(if $(ADAPTERS),,test -e "$(BENCH_ADAPTER)" || $(RUN) recipes/sft.py recipes/tiny/sft.yaml training.epochs=1 \
 	  "training.output=$(RUNS)/bench-decoding" --resume auto)
 	$(RUN) -m benchmarks.decoding speed "$(BENCH_ADAPTER)"
+
+bench-overhead: $(STAMP) ## GRPO steps of the recipe against a bare TRL script
+	test -e "$(BENCH_ADAPTER)" || $(RUN) recipes/sft.py recipes/tiny/sft.yaml training.epochs=1 \
+	  "training.output=$(RUNS)/bench-decoding" --resume auto
+	$(RUN) -m benchmarks.overhead --adapter "$(BENCH_ADAPTER)"
 
 bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; resumes where it stopped)
 	$(RUN) -m benchmarks.contexts -o "$(RUNS)/contexts"
