@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -90,7 +91,7 @@ class DevScores(TrainerCallback):
             row["final"] = summary["final_score"]
         row |= {"format_rate": well_formed / len(given), "reason_median_chars": float(median(reasons))}
         row["score"] = row.get("final", (row["exact_match"] + row["rouge_1"]) / 2)
-        return EvalLoopOutput(None, None, {f"eval_{key}": value for key, value in row.items()}, len(given))
+        return EvalLoopOutput(np.empty(0), None, {f"eval_{key}": value for key, value in row.items()}, len(given))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Let the last step be scored too."""
@@ -105,6 +106,8 @@ class DevScores(TrainerCallback):
             if METRIC in row
         ]
         write_text(self._output / "scores.json", json.dumps(rows, indent=1) + "\n")
+        if state.global_step == 0:  # of which TRL has written a table, with no completions
+            (self._output / "completions" / "completions_00000.parquet").unlink(missing_ok=True)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Write ``best.json``."""
@@ -129,7 +132,6 @@ class DevScores(TrainerCallback):
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:  # noqa: ANN401
     """Put a model that is being trained into evaluation for a while, and leave all randomness as it was."""
-    import numpy as np
     import torch
 
     unsloth = getattr(model, "for_inference", None), getattr(model, "for_training", None)

@@ -43,9 +43,9 @@ def _sft(recipe: SFTRecipe, questions: Questions, tokenizer: "PreTrainedTokenize
     ids, labels = dataset[0]["input_ids"], dataset[0]["labels"]
     masked = labels.count(-100)
     yield f"\nthe first question, {counted(masked, 'token')} that are masked (-100 in labels):"
-    yield tokenizer.decode(ids[:masked])
+    yield str(tokenizer.decode(ids[:masked]))
     yield f"and {counted(len(ids) - masked, 'token')} that are learnt:"
-    yield tokenizer.decode(ids[masked:])
+    yield str(tokenizer.decode(ids[masked:]))
 
 
 def _grpo(recipe: GRPORecipe, questions: Questions, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
@@ -65,5 +65,5 @@ def _grpo(recipe: GRPORecipe, questions: Questions, tokenizer: "PreTrainedTokeni
         f"\nthe first question, {counted(len(prompt.ids), 'token')} of at most {room}, all of them masked: the loss is "
         f"on the completions, of at most {training.max_completion_length} tokens:"
     )
-    yield tokenizer.decode(prompt.ids)
+    yield str(tokenizer.decode(prompt.ids))
     yield f"its gold answer:\n{records[0].answer}"

@@ -19,13 +19,13 @@ from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import Record, load_records
+from malpyeong.decoding.answers import predict
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.export import export
 from malpyeong.models.adapter import put_adapter
 from malpyeong.models.load import load_base, load_for_prediction, load_for_training
 from malpyeong.models.tokenizer import load_tokenizer
-from malpyeong.predict import predict
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids, render
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
