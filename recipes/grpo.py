@@ -100,7 +100,6 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "save_total_limit": 1,  # and the best one
         "eval_strategy": "steps" if dev else "no",
         "eval_steps": training.eval_steps if dev else None,
-        "eval_on_start": dev,
         "load_best_model_at_end": dev,
         "metric_for_best_model": "eval_score" if dev else None,
         "greater_is_better": True if dev else None,
@@ -183,8 +182,6 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
             return dev.evaluate(self.model) if dev else super().evaluation_loop(*args, **kwargs)
 
     stated = arguments(recipe, backend)
-    if checkpoint is not None:
-        stated["eval_on_start"] = False
     config = GRPOConfig(**stated)
     expected = expected_arguments(config, stated)
     trainer = ScoredTrainer(
@@ -202,6 +199,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     with recorded(trainer, tokenizer, recipe, inputs, checkpoint) as steps_left, explain_out_of_memory(recipe, backend):
         if steps_left:
             announce_compilation(backend)
+            if dev and checkpoint is None:
+                dev.score_start(trainer.model)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     share = rewards.seconds / (time.perf_counter() - start)
     steps = counted(trainer.state.global_step, "step")

@@ -42,7 +42,7 @@ class DevScores(TrainerCallback):
     """Scores dev for a trainer, and keeps the scores in the run's folder.
 
     ``scores.json`` has a row for each evaluation: ``step``, the contest's metrics and its ``final`` score (null where
-    the scorer is not loaded), and of the answers as the model gave them ``format_rate`` and ``reason_median_chars``.
+    the scorer is not loaded), ``score``, which decides, and of the answers as the model gave them ``format_rate`` and ``reason_median_chars``.
     ``best.json`` says which step's adapter is kept, and by what.
 
     Args:
@@ -71,11 +71,26 @@ class DevScores(TrainerCallback):
         self._prompts = fit_prompts(tokenizer, self._records, questions.asked_with, room)
         if line := left_out(questions.asked_with, self._prompts, "model.max_length"):
             click.echo(f"data.dev: {line}")
+        self._start: dict[str, Any] = {}
+        if (output / "scores.json").exists():  # of a run that is resumed
+            first = json.loads((output / "scores.json").read_text("utf-8"))[:1]
+            self._start = next((row for row in first if row["step"] == 0), {})
         self._tagged = questions.mode == "choose_rule"
         self._metrics = ["em", "rouge1", *(name for name in ("bertscore", "bleurt") if name in scorers)]
 
+    def score_start(self, model: Any) -> None:  # noqa: ANN401 -- a PeftModel
+        """Score the model before the first step of a run."""
+        self._start = {"step": 0, **self.scores(model)}
+        self._write([])
+        click.echo(f"before training: {self.name} on dev {self._start['score']:.4f}")
+
     def evaluate(self, model: Any) -> EvalLoopOutput:  # noqa: ANN401 -- a PeftModel
-        """Answer and score; return what a trainer's ``evaluation_loop`` returns."""
+        """Return what a trainer's ``evaluation_loop`` returns."""
+        scores = {f"eval_{key}": value for key, value in self.scores(model).items()}
+        return EvalLoopOutput(np.empty(0), None, scores, len(self._records))
+
+    def scores(self, model: Any) -> dict[str, float]:  # noqa: ANN401 -- a PeftModel
+        """Answer and score."""
         with _answering(model):
             engine = TransformersEngine(model, self._tokenizer, self._decoding)
             answers = dict(predict(engine, self._prompts, self._batch_size))
@@ -91,7 +106,7 @@ class DevScores(TrainerCallback):
             row["final"] = summary["final_score"]
         row |= {"format_rate": well_formed / len(given), "reason_median_chars": float(median(reasons))}
         row["score"] = row.get("final", (row["exact_match"] + row["rouge_1"]) / 2)
-        return EvalLoopOutput(np.empty(0), None, {f"eval_{key}": value for key, value in row.items()}, len(given))
+        return row
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Let the last step be scored too."""
@@ -100,20 +115,19 @@ class DevScores(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Write ``scores.json``."""
-        rows = [
-            {"step": row["step"], **{key: row.get(f"eval_{key}") for key in COLUMNS}}
-            for row in state.log_history
-            if METRIC in row
-        ]
-        write_text(self._output / "scores.json", json.dumps(rows, indent=1) + "\n")
-        if state.global_step == 0:  # of which TRL has written a table, with no completions
-            (self._output / "completions" / "completions_00000.parquet").unlink(missing_ok=True)
+        rows = [row for row in state.log_history if METRIC in row]
+        self._write([{key.removeprefix("eval_"): value for key, value in row.items()} for row in rows])
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Write ``best.json``."""
-        start = next((row[METRIC] for row in state.log_history if METRIC in row and row["step"] == 0), None)
-        best = {"step": state.best_global_step, "score": state.best_metric, "by": self.name, "start": start}
+        best = {"step": state.best_global_step, "score": state.best_metric, "by": self.name}
+        best["start"] = self._start.get("score")
         write_text(self._output / "best.json", json.dumps(best, ensure_ascii=False, indent=1) + "\n")
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        rows = [row for row in (self._start, *rows) if row]
+        shown = [{key: row.get(key) for key in ("step", *COLUMNS, "score")} for row in rows]
+        write_text(self._output / "scores.json", json.dumps(shown, indent=1) + "\n")
 
     @property
     def name(self) -> str:
