@@ -35,14 +35,15 @@ if TYPE_CHECKING:
 METRIC = (
     "eval_score"  # what decides: the contest's final score, or the mean of EM and ROUGE-1 where a scorer is missing
 )
-COLUMNS = (*METRICS.values(), "final", "format_rate", "reason_median_chars")
+COLUMNS = (*METRICS.values(), "final", "format_rate", "reason_median_chars", "score")
 
 
 class DevScores(TrainerCallback):
     """Scores dev for a trainer, and keeps the scores in the run's folder.
 
     ``scores.json`` has a row for each evaluation: ``step``, the contest's metrics and its ``final`` score (null where
-    the scorer is not loaded), ``score``, which decides, and of the answers as the model gave them ``format_rate`` and ``reason_median_chars``.
+    the scorer is not loaded), of the answers as the model gave them ``format_rate`` and ``reason_median_chars``, and
+    ``score``, which decides.
     ``best.json`` says which step's adapter is kept, and by what.
 
     Args:
@@ -126,7 +127,7 @@ class DevScores(TrainerCallback):
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         rows = [row for row in (self._start, *rows) if row]
-        shown = [{key: row.get(key) for key in ("step", *COLUMNS, "score")} for row in rows]
+        shown = [{key: row.get(key) for key in ("step", *COLUMNS)} for row in rows]
         write_text(self._output / "scores.json", json.dumps(shown, indent=1) + "\n")
 
     @property
