@@ -16,7 +16,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-contexts bench-gpu gpu-check torture clean
+.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts bench-gpu gpu-check torture clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -25,6 +25,7 @@ help: ## list the targets
 	@echo "  make sft-NAME      SFT with dev loss deciding when to stop        DATA=data  RUNS=runs"
 	@echo "  make doctor-NAME   preflight: will the GRPO stage run, and fit?   GPU=t4|24gb|40gb|80gb (default: what is here)"
 	@echo "  make grpo-NAME     GRPO, starting from the SFT adapter            MODEL=another hub id, or a folder"
+	@echo "  make score-NAME    the adapter on dev: greedy, and what its own samples hold for GRPO to win"
 	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=anything else that the command takes,"
 	@echo "  make submit-NAME   answer test.json, write a checked submission     as training.max_steps=500 or --batch-size=4"
 	@echo "  make hard-NAME     the questions that SFT knows least; to ask only those, grpo-NAME ARGS=data.train=RUNS/NAME-hard.json"
@@ -99,6 +100,11 @@ bench-decoding: $(STAMP) ## constrained against free: seconds (ADAPTERS="one per
 	  "training.output=$(RUNS)/bench-decoding" --resume auto)
 	$(RUN) -m benchmarks.decoding speed "$(BENCH_ADAPTER)"
 
+bench-overhead: $(STAMP) ## GRPO steps of the recipe against a bare TRL script
+	test -e "$(BENCH_ADAPTER)" || $(RUN) recipes/sft.py recipes/tiny/sft.yaml training.epochs=1 \
+	  "training.output=$(RUNS)/bench-decoding" --resume auto
+	$(RUN) -m benchmarks.overhead --adapter "$(BENCH_ADAPTER)"
+
 bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; resumes where it stopped)
 	$(RUN) -m benchmarks.contexts -o "$(RUNS)/contexts"
 
@@ -162,6 +168,12 @@ hard-%: $(STAMP)
 doctor-%: $(STAMP)
 	$(CONTEXT)
 	$(RUN) -m malpyeong.doctor $(call recipe,grpo) $(GRPO)
+
+# The newest adapter there is.
+score-%: $(STAMP)
+	$(CONTEXT)
+	@adapter="$(RUNS)/$*-grpo/adapter"; test -e "$$adapter" || adapter="$(RUNS)/$*-sft/adapter"; \
+	$(RUN) -m malpyeong.score "$$adapter" "$(DEV)" --context "$(FOUND).jsonl" $(if $(CHOICE),--choose) $(ARGS)
 
 export-%: $(STAMP)
 	$(RUN) -m malpyeong.export "$(RUNS)/$*-grpo/adapter" -o "$(RUNS)/$*-merged" $(ARGS)

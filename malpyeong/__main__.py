@@ -11,6 +11,7 @@ from malpyeong.terminal import Group
 
 _COMMANDS = {
     "Before training": {
+        "env": "versions and hardware, for a bug report",
         "doctor": "preflight: will a recipe run, fit and learn",
         "nfd": "put the syllables of a file from macOS together",
         "rules": "turn the reference document into a rule book",
@@ -23,6 +24,7 @@ _COMMANDS = {
     },
     "Looking at results": {
         "evaluate": "the contest's score of a prediction, with intervals",
+        "score": "a model on dev: greedy, mean and best of its samples",
         "report": "one HTML page: a prediction's errors, or a training run",
     },
 }

@@ -81,11 +81,11 @@ def export(
     import torch
     from safetensors import SafetensorError
 
+    from malpyeong.decoding.answers import predict
     from malpyeong.decoding.engines import Decoding, TransformersEngine
     from malpyeong.models.adapter import adapter_folder, base_of_adapter, put_adapter
     from malpyeong.models.load import load_base, load_for_prediction, set_generation_config, tokenizer_for_prediction
     from malpyeong.models.tokenizer import save_tokenizer
-    from malpyeong.predict import predict
     from malpyeong.prompts.messages import completion_ids, render
     from malpyeong.training.preflight import SAMPLES
 

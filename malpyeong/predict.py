@@ -7,8 +7,7 @@ crash or a kill, to the same file. What is written is repaired last (``malpyeong
 import hashlib
 import json
 import time
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +15,9 @@ from typing import TYPE_CHECKING
 import click
 
 from malpyeong.contest.answer import format_problem
-from malpyeong.contest.question import options
 from malpyeong.contest.records import Record, load_records, write_records
-from malpyeong.contest.repair import repair
-from malpyeong.decoding.vote import ReasonScore, choose, rouge_score
+from malpyeong.decoding.answers import predict, repaired
+from malpyeong.decoding.vote import ReasonScore, rouge_score
 from malpyeong.errors import InputError, counted
 from malpyeong.files import PartFile, check_writable, digest, write_text
 from malpyeong.prompts.context import NO_CONTEXT, Context, load_contexts
@@ -33,44 +31,6 @@ if TYPE_CHECKING:
     from malpyeong.decoding.engines import Decoding, Engine
 
 
-def predict(
-    engine: "Engine",
-    prompts: Sequence[Prompt],
-    batch_size: int = 16,
-    done: Collection[int] = (),
-    score: ReasonScore = rouge_score,
-) -> Iterator[tuple[int, str]]:
-    """Yield (position, answer) for every prompt, the longest first.
-
-    Constrained answers to questions with options are given one after another: their verdicts are there at the start, so
-    that such a batch ends sooner than one in which other questions take part.
-
-    Batches are fixed before anything is skipped, because what else is in a batch can decide near ties: an interrupted
-    run goes on to the answers of an uninterrupted one.
-
-    Args:
-        engine: see ``malpyeong.decoding.engines``.
-        prompts: of the questions.
-        batch_size: answers that are generated at once; a question with n samples counts n times.
-        done: positions that are not needed again; a batch is skipped if all of its questions are done.
-        score: of reasons, to choose among samples with (see :func:`malpyeong.decoding.vote.choose`).
-    """
-    lengths = [len(prompt.ids) for prompt in prompts]
-    chosen = [engine.decoding.constrained and bool(options(prompt.record)) for prompt in prompts]
-    longest = {
-        kind: max(length for length, own in zip(lengths, chosen, strict=True) if own == kind) for kind in set(chosen)
-    }
-    order = sorted(range(len(prompts)), key=lambda row: (-longest[chosen[row]], chosen[row], -lengths[row]))
-    size = max(1, batch_size // engine.decoding.samples)
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        if all(row in done for row in rows):
-            continue
-        for row, samples in zip(rows, engine.answers([prompts[row] for row in rows]), strict=True):
-            voters = [split_choice(sample)[1] for sample in samples]
-            yield row, samples[voters.index(choose(voters, score))]
-
-
 def model_digest(name: str) -> str:
     """Return the SHA-256 over a model or adapter folder's files, or the name of what is no folder here (a hub id)."""
     folder = Path(name)
@@ -78,17 +38,6 @@ def model_digest(name: str) -> str:
         return name
     parts = [f"{path.name} {digest(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def repaired(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
-    """Return records with mended answers, and how often each kind of repair was made."""
-    counts: Counter[str] = Counter()
-    mended = []
-    for record in records:
-        answer, kinds = repair(record.answer or "", record.question)
-        counts.update(kinds)
-        mended.append(record.with_answer(answer))
-    return mended, counts
 
 
 def fitted(

@@ -13,6 +13,8 @@ upwards later than downwards, and ``beta`` 0 needs no reference model.
 - Logged beside TRL's metrics: dead groups, each reward's within-group standard deviation, seconds that sampling,
   rewards and update took, the GPU's memory; and the completions of every logged step with their rewards and advantages
   (``completions/``).
+- With ``data.dev`` the contest's score of its answers is measured every ``eval_steps`` and the best adapter is kept
+  (``scores.json``, ``best.json``; ``malpyeong/decoding/dev.py``).
 - Prompts that do not fit ``model.max_length`` with a whole completion are an error, never cut.
 - ``--resume auto`` resumes from the last complete checkpoint to the same result as an uninterrupted run (with bertscore
   or bleurt up to their rounding, about 1e-5, which depends on what is scored together).
@@ -36,10 +38,11 @@ from malpyeong.models.memory import VLLM_SHARE, Backend
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS
 from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
-from malpyeong.training.data import grpo_dataset, load_train, with_prompt_data
-from malpyeong.training.rewards import RewardRun, load_models
+from malpyeong.training.data import grpo_dataset, load_questions, load_train, with_prompt_data
+from malpyeong.training.preview import preview
+from malpyeong.training.rewards import RewardRun, load_functions, load_models
 from malpyeong.training.run import open_run
-from malpyeong.training.session import announce_compilation, precision, recorded
+from malpyeong.training.session import announce_compilation, precision, recorded, trackers
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
 
     Every one that matters is stated, and looked at again once the trainer is made: Unsloth's have other defaults.
     """
-    model_block, training = recipe.model, recipe.training
+    model_block, training, dev = recipe.model, recipe.training, recipe.data.dev is not None
     return {
         "output_dir": training.output,
         "seed": training.seed,
@@ -93,8 +96,14 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "optim": training.optim,
         "gradient_checkpointing": training.gradient_checkpointing,
         "save_strategy": "steps",
-        "save_steps": training.save_steps,
-        "save_total_limit": 1,
+        "save_steps": training.eval_steps if dev else training.save_steps,
+        "save_total_limit": 1,  # and the best one
+        "eval_strategy": "steps" if dev else "no",
+        "eval_steps": training.eval_steps if dev else None,
+        "load_best_model_at_end": dev,
+        "metric_for_best_model": "eval_score" if dev else None,
+        "greater_is_better": True if dev else None,
+        "restore_callback_states_from_checkpoint": True,  # the count of early stopping
         "logging_steps": training.logging_steps,
         "torch_empty_cache_steps": None,
         "eval_accumulation_steps": None,
@@ -102,7 +111,8 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # malpyeong.training.callbacks looks for them
         "log_completions": True,  # to completions/, for `python -m malpyeong.report run`
         "num_completions_to_print": 0,
-        "report_to": [],
+        "report_to": trackers(training.report_to),
+        "run_name": Path(training.output).name,
         **precision(model_block.dtype),
     }
 
@@ -112,7 +122,8 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
+@click.option("--dry-run", is_flag=True, help="Show the resolved recipe, the batches and the first prompt, and stop.")
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str, dry_run: bool) -> None:
     """Train a LoRA adapter by GRPO, as RECIPE says."""
     prepare_environment()
     if drop_leaks:
@@ -120,6 +131,10 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
     questions = with_prompt_data(load_train(recipe.data), recipe.data)
+    own_rewards = load_functions(recipe.data.own_rewards)
+    if dry_run:
+        click.echo("\n".join(preview(recipe, questions)))
+        return
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return
@@ -128,16 +143,18 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     backend = choose_backend(model_block)
     if backend == "unsloth":
         import unsloth  # noqa: F401 -- must come before trl, transformers and peft
+    from transformers import EarlyStoppingCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    from malpyeong.decoding.dev import DevScores
     from malpyeong.training.callbacks import Guards, OwnArguments, StepClock, explain_out_of_memory, show_progress
     from malpyeong.training.preflight import check
 
     check(recipe, backend)
-    models = load_models(weights, recipe.data.scorers)
+    models = load_models(recipe.data.scorer_models, recipe.data.scorers)
     for name, scorer in models.items():
         click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
-    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std)
+    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std, own_rewards)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
     generations = math.ceil(training.max_steps / training.num_iterations)
     completions = training.batch_size * training.gradient_accumulation_steps
@@ -147,22 +164,34 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     )
 
     clock = StepClock(rewards)
+    callbacks: list[Any] = [clock, Guards(), OwnArguments()]
+    dev: DevScores | None = None
+    if recipe.data.dev:
+        asked, answer = load_questions(recipe.data.dev, recipe.data), training.max_completion_length
+        dev = DevScores(tokenizer, asked, model_block.max_length, answer, completions, models, Path(training.output))
+        callbacks.append(dev)
+        if training.patience:
+            callbacks.append(EarlyStoppingCallback(training.patience))
 
-    class TimedTrainer(GRPOTrainer):
+    class ScoredTrainer(GRPOTrainer):
         def _generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in TRL
             with clock.generating():
                 return super()._generate(*args, **kwargs)
 
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in transformers
+            return dev.evaluate(self.model) if dev else super().evaluation_loop(*args, **kwargs)
+
     stated = arguments(recipe, backend)
     config = GRPOConfig(**stated)
     expected = expected_arguments(config, stated)
-    trainer = TimedTrainer(
+    trainer = ScoredTrainer(
         model=model,
         reward_funcs=rewards.functions,
         args=config,
         train_dataset=dataset,
+        eval_dataset=dataset.select([0]) if dev else None,  # asked for, and not looked at
         processing_class=tokenizer,
-        callbacks=[clock, Guards(), OwnArguments()],
+        callbacks=callbacks,
     )
     check_arguments(trainer.args, expected)
     start = time.perf_counter()
@@ -170,10 +199,14 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     with recorded(trainer, tokenizer, recipe, inputs, checkpoint) as steps_left, explain_out_of_memory(recipe, backend):
         if steps_left:
             announce_compilation(backend)
+            if dev and checkpoint is None:
+                dev.score_start(trainer.model)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     share = rewards.seconds / (time.perf_counter() - start)
     steps = counted(trainer.state.global_step, "step")
     click.echo(f"{training.output}/adapter: {steps}; the rewards took {share:.1%} of the time")
+    if dev:
+        click.echo(dev.line(trainer.state))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ What it does:
 - QLoRA (NF4) or 16/32-bit LoRA, through Unsloth on a GPU and transformers + PEFT elsewhere.
 - The loss is on the answer alone. Prompts are rendered by the same function as in prediction and tokenized
   here, so no template can differ between the two; a record that does not fit is an error, never cut.
-- Dev loss is measured every ``eval_steps``; training stops when it no longer falls and keeps the best adapter.
+- Dev loss is measured every ``eval_steps``, with ``best_by: score`` the contest's score of dev's answers too; training
+  stops when what decides no longer gets better, and keeps the best adapter.
 - ``--resume auto`` resumes from the last complete checkpoint to the same result as an uninterrupted run.
 
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
@@ -26,8 +27,9 @@ from malpyeong.models.memory import Backend
 from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.data import load_questions, load_train, sft_dataset, with_prompt_data
+from malpyeong.training.preview import preview
 from malpyeong.training.run import open_run
-from malpyeong.training.session import announce_compilation, precision, recorded
+from malpyeong.training.session import announce_compilation, precision, recorded, trackers
 
 
 def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
@@ -64,14 +66,15 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
         "save_total_limit": 2,
         "load_best_model_at_end": True,
         "restore_callback_states_from_checkpoint": True,  # the count of early stopping
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+        "metric_for_best_model": f"eval_{training.best_by}",
+        "greater_is_better": training.best_by == "score",
         "logging_steps": training.logging_steps,
         "torch_empty_cache_steps": None,
         "eval_accumulation_steps": None,
         "include_num_input_tokens_seen": "no",
         "logging_nan_inf_filter": False,  # malpyeong.training.callbacks looks for them
-        "report_to": [],
+        "report_to": trackers(training.report_to),
+        "run_name": Path(training.output).name,
         **precision(model_block.dtype),
     }
 
@@ -81,7 +84,8 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
 @click.option("--drop-leaks", is_flag=True, help="Leave the questions of data.dev out of data.train.")
 @click.option("--resume", type=click.Choice(["never", "auto"]), default="never", show_default=True)
-def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str) -> None:
+@click.option("--dry-run", is_flag=True, help="Show the resolved recipe, the batches and the first prompt, and stop.")
+def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume: str, dry_run: bool) -> None:
     """Train a LoRA adapter by SFT, as RECIPE says."""
     prepare_environment()
     if drop_leaks:
@@ -92,6 +96,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         "train": with_prompt_data(load_train(recipe.data), recipe.data),
         "dev": load_questions(recipe.data.dev, recipe.data),
     }
+    if dry_run:
+        click.echo("\n".join(preview(recipe, splits["train"])))
+        return
     opened = open_run(recipe, resume == "auto")
     if opened is None:
         return
@@ -103,6 +110,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
+    from malpyeong.decoding.dev import DevScores
     from malpyeong.training.callbacks import Guards, OwnArguments, StepClock, explain_out_of_memory, show_progress
     from malpyeong.training.order import LengthGroupedOrder
     from malpyeong.training.preflight import check
@@ -111,27 +119,36 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {name: sft_dataset(tokenizer, split, model_block.max_length) for name, split in splits.items()}
 
-    class OrderedTrainer(SFTTrainer):
+    callbacks: list[Any] = [EarlyStoppingCallback(training.patience), StepClock(), Guards(), OwnArguments()]
+    dev: DevScores | None = None
+    if training.best_by == "score":
+        longest = max(max(split.answer_lengths(tokenizer)) for split in splits.values())
+        output, rows = Path(training.output), 2 * training.batch_size
+        dev = DevScores(tokenizer, splits["dev"], model_block.max_length, longest, rows, {}, output)
+        callbacks.append(dev)
+
+    class ScoredTrainer(SFTTrainer):
         def _get_train_sampler(self, *_: Any) -> LengthGroupedOrder:  # noqa: ANN401 -- as in transformers
             lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
             batch_size = training.batch_size * training.gradient_accumulation_steps
             return LengthGroupedOrder(lengths, batch_size, training.seed)
 
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in transformers
+            result = super().evaluation_loop(*args, **kwargs)
+            if dev:
+                result.metrics.update(dev.evaluate(self.model).metrics)
+            return result
+
     stated = arguments(recipe, backend)
     config = SFTConfig(**stated)
     expected = expected_arguments(config, stated)
-    trainer = OrderedTrainer(
+    trainer = ScoredTrainer(
         model=model,
         args=config,
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
         processing_class=tokenizer,
-        callbacks=[
-            EarlyStoppingCallback(early_stopping_patience=training.patience),
-            StepClock(),
-            Guards(),
-            OwnArguments(),
-        ],
+        callbacks=callbacks,
     )
     check_arguments(trainer.args, expected)
     show_progress(trainer)
@@ -139,8 +156,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         if steps_left:
             announce_compilation(backend)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    best = trainer.state.best_metric
-    click.echo(f"{training.output}/adapter: best dev loss {best:.4f} at step {trainer.state.best_global_step}")
+    state = trainer.state
+    kept = dev.line(state) if dev else f"best dev loss {state.best_metric:.4f} at step {state.best_global_step}"
+    click.echo(f"{training.output}/adapter: {kept}")
 
 
 if __name__ == "__main__":

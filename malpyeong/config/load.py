@@ -116,7 +116,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise InputError(f'"{override}": write an override as block.key=value, like training.seed=1')
-    *blocks, key = name.split(".")
+    *blocks, key = name.split(".", 2 if name.startswith("data.rewards.") else -1)  # a reward may be a file's
     for block in blocks:
         values = values.setdefault(block, {})
         if not isinstance(values, dict):

@@ -1,6 +1,7 @@
 """The blocks and keys of a recipe. How a file becomes one is in ``malpyeong.config.load``."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from malpyeong.config.gpu import Gpu
 
+Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 Mode = Literal["plain", "context", "choose_rule", "recall_rule"]
 
 # The rewards that a recipe may name, and the models that they need (``malpyeong.training.rewards`` has the functions).
@@ -20,6 +22,8 @@ REWARD_MODELS: dict[str, tuple[str, ...]] = {
     "official": ("bertscore", "bleurt"),
     "choice": (),
 }
+# A reward of one's own: FILE.py:FUNCTION.
+OWN_REWARD = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -88,8 +92,9 @@ class PromptData(Block):
 
 
 class TrainingData(PromptData):
-    """Contest files: what is trained on, and what is held out. ``dev`` decides when SFT stops; GRPO and ``test`` need
-    them only to see whether their questions are in train. ``drop_leaks`` takes those of dev out of it."""
+    """Contest files: what is trained on, and what is held out. ``dev`` decides which adapter is kept, and when training
+    stops; GRPO can do without. ``test`` is only looked at for questions that are in train too. ``drop_leaks`` takes
+    those of dev out of train."""
 
     train: str
     dev: str | None = None
@@ -110,10 +115,12 @@ class SFTData(TrainingData):
 
 
 class SFTTraining(Block):
-    """How the SFT stage trains. Dev loss is measured every ``eval_steps``; training stops when it has not
-    fallen for ``patience`` measurements, and the best adapter is kept."""
+    """How the SFT stage trains. Dev is looked at every ``eval_steps``: its loss, and with ``best_by: score`` the
+    contest's score of its answers too. Training stops when what ``best_by`` names has not got better for ``patience``
+    times, and the best adapter is kept."""
 
     output: str
+    report_to: Tracker = "none"
     seed: int = 0
     epochs: float = Field(gt=0)
     learning_rate: float = Field(gt=0)
@@ -125,6 +132,7 @@ class SFTTraining(Block):
     optim: str = "adamw_8bit"
     gradient_checkpointing: bool = True
     eval_steps: int = Field(default=20, gt=0)
+    best_by: Literal["loss", "score"] = "loss"
     patience: int = Field(default=3, gt=0)
     logging_steps: int = Field(default=1, gt=0)
 
@@ -139,10 +147,21 @@ class ScorersBlock(Block):
 
 
 class GRPOData(TrainingData):
-    """Files of the GRPO stage and the weight of each reward (see ``malpyeong.training.rewards``)."""
+    """Files of the GRPO stage and the weight of each reward: one of ``malpyeong.training.rewards``, or a function of
+    one's own as ``my_rewards.py:shortness``."""
 
     rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     scorers: ScorersBlock | None = None
+
+    @property
+    def scorer_models(self) -> list[str]:
+        """The models of ``scorers`` that the rewards need."""
+        return sorted({model for name in self.rewards for model in REWARD_MODELS.get(name, ())})
+
+    @property
+    def own_rewards(self) -> dict[str, str]:
+        """The rewards of one's own: name → file."""
+        return {name: own["file"] for name in self.rewards if (own := OWN_REWARD.fullmatch(name))}
 
     @model_validator(mode="after")
     def _shows_rules(self) -> Self:
@@ -159,9 +178,13 @@ class GRPOTraining(Block):
     standard deviation within the group first. ``min_group_std``: see :class:`malpyeong.training.rewards.RewardRun`.
     ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
     on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's.
+    With ``data.dev`` the contest's score of its answers is measured every ``eval_steps``, where a checkpoint is written
+    (``save_steps`` is for runs without), and the best adapter is kept; training stops when it has not risen for
+    ``patience`` times.
     """
 
     output: str
+    report_to: Tracker = "none"
     seed: int = 0
     max_steps: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
@@ -187,6 +210,8 @@ class GRPOTraining(Block):
     gradient_checkpointing: bool = True
     logging_steps: int = Field(default=1, gt=0)
     save_steps: int = Field(default=25, gt=0)
+    eval_steps: int = Field(default=50, gt=0)
+    patience: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GRPOTraining":
@@ -196,11 +221,12 @@ class GRPOTraining(Block):
                 f"batch_size × gradient_accumulation_steps = {rollouts} completions a step is not a multiple "
                 f"of num_generations = {self.num_generations}"
             )
-        if self.save_steps % self.num_iterations:
-            raise ValueError(
-                f"save_steps = {self.save_steps} is not a multiple of num_iterations = {self.num_iterations}; a "
-                "checkpoint between two uses of the same completions could not be resumed"
-            )
+        for key in ("save_steps", "eval_steps"):
+            if getattr(self, key) % self.num_iterations:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} is not a multiple of num_iterations = {self.num_iterations}; a "
+                    "checkpoint between two uses of the same completions could not be resumed"
+                )
         return self
 
 
@@ -250,6 +276,12 @@ class SFTRecipe(Block):
     data: SFTData
     training: SFTTraining
 
+    @model_validator(mode="after")
+    def _has_answers(self) -> "SFTRecipe":
+        if self.training.best_by == "score" and self.data.mode == "recall_rule":
+            raise ValueError("training.best_by=score: mode recall_rule has no answers to score; leave it at loss")
+        return self
+
 
 class GRPORecipe(Block):
     """``recipes/grpo.py``."""
@@ -273,11 +305,11 @@ class GRPORecipe(Block):
         if not any(self.data.rewards.values()):
             raise ValueError("data.rewards: every weight is 0; nothing would be learnt")
         for name in self.data.rewards:
-            if name not in REWARD_MODELS:
+            if name not in REWARD_MODELS and name not in self.data.own_rewards:
                 raise ValueError(f"data.rewards.{name}: unknown reward{hint(name, REWARD_MODELS)}")
             if name == "choice" and self.data.mode != "choose_rule":
                 raise ValueError("data.rewards.choice: needs data.mode=choose_rule, and data.labels")
-            for model in REWARD_MODELS[name]:
+            for model in REWARD_MODELS.get(name, ()):
                 if getattr(self.data.scorers, model, None) is None:
                     raise ValueError(
                         f"data.rewards.{name}: needs data.scorers.{model}, the hub id or folder of a model"

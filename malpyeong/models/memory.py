@@ -313,13 +313,12 @@ def estimate_recipe(
         backend: that will be used.
         gib: of the card, of which vLLM takes its share; None for what the recipe's ``gpu`` has, or else 24gb.
     """
-    from malpyeong.config.recipe import REWARD_MODELS, GRPORecipe
+    from malpyeong.config.recipe import GRPORecipe
 
     model, training = recipe.model, recipe.training
     sizes: dict[str, Any] = {}
     if isinstance(recipe, GRPORecipe):
-        scorers = recipe.data.scorers
-        needed = {name for reward in recipe.data.rewards for name in REWARD_MODELS[reward]}
+        scorers, needed = recipe.data.scorers, recipe.data.scorer_models
         width = 4 if scorers is None or scorers.dtype == "float32" else 2
         on_card = scorers is not None and scorers.device != "cpu"
         sizes = {

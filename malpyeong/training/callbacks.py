@@ -178,6 +178,10 @@ class OwnArguments(TrainerCallback):
 _SHOWN = {
     "loss": "loss",
     "eval_loss": "dev loss",
+    "eval_score": "dev score",
+    "eval_exact_match": "dev EM",
+    "eval_rouge_1": "dev ROUGE-1",
+    "eval_format_rate": "dev format",
     "reward": "reward",
     "dead_groups": "dead groups",
     "completions/mean_length": "tokens",

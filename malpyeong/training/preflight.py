@@ -311,11 +311,10 @@ def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
 
 
 def _scorers(recipe: GRPORecipe) -> Iterator[Finding]:
-    from malpyeong.config.recipe import REWARD_MODELS
     from malpyeong.metrics.pairs import model_file
     from malpyeong.metrics.rouge import load_dictionary
 
-    for name in sorted({model for reward in recipe.data.rewards for model in REWARD_MODELS[reward]}):
+    for name in recipe.data.scorer_models:
         model = getattr(recipe.data.scorers, name)
         try:
             model_file(model, "config.json")
@@ -495,14 +494,18 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
 
     from malpyeong.models.load import load_for_training
     from malpyeong.prompts.messages import fit_prompts
-    from malpyeong.training.rewards import RewardRun, load_models
+    from malpyeong.training.rewards import RewardRun, load_functions, load_models
 
     training, weights = recipe.training, recipe.data.rewards
     questions = with_prompt_data(load_train(recipe.data), recipe.data)
     records = questions.records[:groups]
     contexts = questions.contexts[:groups] if questions.contexts else [NO_CONTEXT] * len(records)
     run = RewardRun(
-        weights, training.num_generations, load_models(weights, recipe.data.scorers), training.min_group_std
+        weights,
+        training.num_generations,
+        load_models(recipe.data.scorer_models, recipe.data.scorers),
+        training.min_group_std,
+        load_functions(recipe.data.own_rewards),
     )
     model, tokenizer = load_for_training(recipe.model, training.seed, training.gradient_checkpointing)
     if torch.cuda.is_available() and not recipe.model.load_in_4bit:  # 4-bit weights are there already

@@ -6,13 +6,16 @@ form holds; and an exception is raised, never turned into a reward of 0.
 """
 
 import functools
+import inspect
+import math
+import runpy
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from malpyeong.config.recipe import REWARD_MODELS
 from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.errors import InputError
 from malpyeong.metrics.aggregate import final_scores
 from malpyeong.metrics.exact_match import exact_match as score_exact_match
 from malpyeong.metrics.rouge import rouge_1 as score_rouge_1
@@ -159,19 +162,81 @@ REWARDS: dict[str, RewardFunction] = {
 }
 
 
-def load_models(names: Iterable[str], scorers: "ScorersBlock | None") -> dict[str, "PairScorer"]:
-    """Load the networks that some rewards need.
+def load_models(names: Sequence[str], scorers: "ScorersBlock | None") -> dict[str, "PairScorer"]:
+    """Load the networks that some rewards need: ``bertscore``, ``bleurt``.
 
     Raises:
         InputError: one is not on this machine, damaged, or of another kind.
     """
     from malpyeong.metrics.scorers import load_scorer
 
-    needed = {model for name in names for model in REWARD_MODELS[name]}
-    if not needed:
+    if not names:
         return {}
     assert scorers is not None  # checked with the recipe
-    return {name: load_scorer(name, getattr(scorers, name), scorers.device, scorers.dtype) for name in sorted(needed)}
+    return {name: load_scorer(name, getattr(scorers, name), scorers.device, scorers.dtype) for name in names}
+
+
+def load_functions(files: Mapping[str, str]) -> dict[str, RewardFunction]:
+    """Load rewards of one's own.
+
+    Such a function is called with ``completions`` (a list of texts, without a rule's tag) and, by name, the lists
+    ``reference`` (gold answers), ``record_id`` and ``prompts`` of the same length; it returns a number for each
+    completion, or None where it does not apply. An exception in it is raised.
+
+    Args:
+        files: ``FILE.py:FUNCTION`` → FILE.py.
+
+    Raises:
+        InputError: the file cannot be read or run, or the function is not there or takes something else.
+    """
+    loaded: dict[str, RewardFunction] = {}
+    for name, file in files.items():
+        try:
+            function = runpy.run_path(file).get(name.removeprefix(f"{file}:"))
+        except OSError as error:
+            raise InputError(f"data.rewards.{name}: {file} cannot be read ({error.strerror})") from None
+        except Exception as error:
+            raise InputError(f"data.rewards.{name}: {file} cannot be run ({type(error).__name__}: {error})") from None
+        if not callable(function):
+            raise InputError(f"data.rewards.{name}: {file} has no such function; known: {_functions(file)}")
+        try:
+            inspect.signature(function).bind(completions=[], reference=[], record_id=[], prompts=[])
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"data.rewards.{name}: does not take what rewards are given ({error}); write "
+                f"def {function.__name__}(completions, reference, **_)"
+            ) from None
+        loaded[name] = _checked(name, function)
+    return loaded
+
+
+def _functions(file: str) -> str:
+    own = (name for name, value in runpy.run_path(file).items() if inspect.isfunction(value))
+    return ", ".join(own) or "none"
+
+
+def _checked(name: str, function: Callable[..., Any]) -> RewardFunction:
+    @functools.wraps(function)
+    def call(
+        completions: Sequence[Completion],
+        reference: Sequence[str],
+        record_id: Sequence[str],
+        prompts: Sequence[Any],
+        **_: Any,  # noqa: ANN401
+    ) -> Rewards:
+        texts = [completion_text(completion) for completion in completions]
+        rewards = function(completions=texts, reference=reference, record_id=record_id, prompts=prompts)
+        numbers = isinstance(rewards, list) and all(
+            value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in rewards
+        )
+        if not numbers or len(rewards) != len(texts):
+            raise InputError(
+                f"data.rewards.{name}: returned {str(rewards)[:60]} for {len(texts)} completions; return a list with "
+                "a finite number or None for each"
+            )
+        return [None if value is None else float(value) for value in rewards]
+
+    return call
 
 
 class RewardRun:
@@ -192,6 +257,7 @@ class RewardRun:
         min_group_std: a component whose standard deviation within a group is smaller says nothing about that group, and
             its completions all get the group's mean. Normalising each component (``normalize_then_sum``) would
             otherwise blow such noise up to the size of a right answer. 0 switches this off.
+        own: rewards of one's own (:func:`load_functions`).
 
     Attributes:
         seconds: what the functions have taken so far.
@@ -203,16 +269,18 @@ class RewardRun:
         num_generations: int,
         models: Mapping[str, "PairScorer"] | None = None,
         min_group_std: float = 0.0,
+        own: Mapping[str, RewardFunction] | None = None,
     ) -> None:
         self._weights, self._num_generations, self._min_group_std = dict(weights), num_generations, min_group_std
         self._models = {f"{name}_model": model for name, model in (models or {}).items()}
+        self._functions = {**REWARDS, **(own or {})}
         self._step: dict[str, Rewards] = {}
         self.seconds = 0.0
 
     @property
     def functions(self) -> list[RewardFunction]:
         """The functions in the order of the weights, for TRL."""
-        return [self._logged(name, REWARDS[name]) for name in self._weights]
+        return [self._logged(name, self._functions[name]) for name in self._weights]
 
     def _logged(self, name: str, function: RewardFunction) -> RewardFunction:
         @functools.wraps(function)

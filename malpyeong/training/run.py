@@ -59,6 +59,7 @@ FREE = (
     "training.output",
     "mining.output",
     "training.save_steps",
+    "training.report_to",
     "training.logging_steps",
     "training.gradient_checkpointing",
     "data.scorers.device",
@@ -92,6 +93,8 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path
     for name in ("bertscore", "bleurt"):
         if scorer := getattr(scorers, name, None):
             made_of[f"data.scorers.{name}"] = scorer
+    for name, file in getattr(recipe.data, "own_rewards", {}).items():
+        made_of[f"data.rewards.{name}"] = Path(file)
     inputs = digests(made_of)
     checkpoint = check_run(output, recipe, inputs, resume)
     if run_has_ended(output, recipe):
@@ -277,9 +280,11 @@ def is_last(checkpoint: Path, max_steps: int | None) -> bool:
         max_steps: of the run, where the recipe states them.
     """
     state = _state(checkpoint)
-    if max_steps is not None:
-        return bool(state["global_step"] >= max_steps)
-    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+    stopped = bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+    if max_steps is None:
+        return stopped
+    # At the last step of all the trainer stops too, but a longer run goes on from there.
+    return bool(state["global_step"] >= max_steps or (stopped and state["global_step"] < state["max_steps"]))
 
 
 def best_checkpoint(checkpoint: Path) -> Path:

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.errors import InputError
 from malpyeong.files import writing
 from malpyeong.models.environment import keep_compiled_code
 from malpyeong.models.load import pick_dtype
@@ -49,6 +51,19 @@ def keep_adapter_in_float32(model: Any) -> None:  # noqa: ANN401 -- a PeftModel
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def trackers(name: str) -> list[str]:
+    """Return the trainer's ``report_to`` for ``training.report_to``.
+
+    Raises:
+        InputError: the tracker is not installed.
+    """
+    if name == "none":
+        return []
+    if find_spec(name) is None:
+        raise InputError(f"training.report_to={name}: {name} is not installed; pip install {name}, or leave it at none")
+    return [name]
 
 
 def announce_compilation(backend: Backend) -> None:

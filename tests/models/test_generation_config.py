@@ -12,11 +12,11 @@ from trl import GRPOConfig, GRPOTrainer
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import SFTRecipe
 from malpyeong.contest.records import load_records
+from malpyeong.decoding.answers import predict
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.export import export
 from malpyeong.models.load import load_base, load_for_prediction, load_for_training, set_generation_config, stop_tokens
 from malpyeong.models.tokenizer import load_tokenizer
-from malpyeong.predict import predict
 from malpyeong.prompts.messages import build_messages, render
 from malpyeong.samples import DATA, TINY_BASE
 

@@ -19,13 +19,13 @@ from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import Record, load_records
+from malpyeong.decoding.answers import predict
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.export import export
 from malpyeong.models.adapter import put_adapter
 from malpyeong.models.load import load_base, load_for_prediction, load_for_training
 from malpyeong.models.tokenizer import load_tokenizer
-from malpyeong.predict import predict
 from malpyeong.prompts.messages import TEMPLATE_OPTIONS, build_messages, prompt_ids, render
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.data import Questions, grpo_dataset, sft_dataset
@@ -303,6 +303,68 @@ def test_a_killed_run_goes_on_to_the_same_result(stage, data, sft_run, grpo_run,
     )
     if stage == "grpo":
         assert sampled(run) == sampled(whole)
+
+
+def scores(run):
+    return json.loads((run / "scores.json").read_text("utf-8"))
+
+
+def training_rows(run):
+    """Return what was logged of training, without what a clock says."""
+    rows = [row for row in json.loads((run / "log.json").read_text("utf-8")) if "reward" in row]
+    return [{key: value for key, value in row.items() if not key.endswith(("_seconds", "step_time"))} for row in rows]
+
+
+def test_dev_is_scored_the_best_adapter_is_kept_and_no_step_is_another(data, sft_run, grpo_run, tmp_path):
+    run = tmp_path / "run"
+    command = grpo_command(data, run, sft_run / "adapter", f"data.dev={data / 'dev.json'}", "training.eval_steps=2")
+    process = start(*command)
+    while process.poll() is None and not is_complete(run / "checkpoint-2"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    output = finish(start(*command, "--resume", "auto"))
+
+    assert training_rows(run) == training_rows(grpo_run)
+    assert sampled(run) == sampled(grpo_run)
+    rows = scores(run)
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    for row in rows:
+        assert 0 <= row["exact_match"] <= 1
+        assert row["final"] is row["bleurt"] is None
+        assert row["reason_median_chars"] > 0
+    best = json.loads((run / "best.json").read_text("utf-8"))
+    by_step = {row["step"]: row["score"] for row in rows}
+    assert by_step[0] == (rows[0]["exact_match"] + rows[0]["rouge_1"]) / 2
+    assert best["score"] == max(by_step[step] for step in (2, 4, 6)) == by_step[best["step"]]
+    assert best["start"] == by_step[0]
+    assert f"at step {best['step']} of 6" in output
+    kept = load_file(run / f"checkpoint-{best['step']}" / "adapter_model.safetensors")
+    assert all(torch.equal(weights(run)[name], kept[name]) for name in kept)
+
+
+def test_grpo_stops_when_dev_does_not_get_better_and_stays_stopped(data, sft_run, tmp_path):
+    run = tmp_path / "run"
+    stop = ("training.eval_steps=1", "training.patience=1", "training.learning_rate=1e-6", "training.max_steps=20")
+    dev = (f"data.dev={data / 'dev.json'}", "training.warmup_steps=0")
+    command = grpo_command(data, run, sft_run / "adapter", *dev, *stop)
+    finish(start(*command))
+    assert scores(run)[-1]["step"] < 5
+    shutil.rmtree(run / "adapter")
+    finish(start(*command, "--resume", "auto"))
+    assert scores(run)[-1]["step"] < 5
+
+
+@pytest.mark.slow
+def test_sft_can_keep_the_adapter_with_the_best_score(data, tmp_path):
+    run = tmp_path / "run"
+    output = finish(start(*sft_command(data, run, "training.best_by=score")))
+    rows = scores(run)
+    best = json.loads((run / "best.json").read_text("utf-8"))
+    assert best["score"] == max(row["score"] for row in rows)
+    assert f"at step {best['step']} of" in output
+    log = json.loads((run / "log.json").read_text("utf-8"))
+    assert [row["step"] for row in log if "eval_loss" in row] == [row["step"] for row in rows]
 
 
 def copy_run(whole, run):
