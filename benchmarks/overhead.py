@@ -4,8 +4,8 @@
 
 Both train the tiny model on the same questions with the same settings and reward functions, in turns, each in a process
 of its own. The bare script makes a GRPOTrainer and trains; the recipe also checks, logs every component and completion,
-shows its progress and writes a checkpoint at the end. What is compared is the time of ``trainer.train`` a step. The last
-line is the ratio of the medians.
+shows its progress and writes a checkpoint at the end. What is compared is the time that ``trainer.train`` takes a step.
+The last line is the ratio of the medians.
 """
 
 import runpy
