@@ -142,7 +142,6 @@ def arguments(name, bad, good, output):
         "search": ("malpyeong.retrieval.__main__", ["search", *searched, "-o", output / "found.jsonl"]),
         "compare": ("malpyeong.retrieval.__main__", ["evaluate", *searched]),
         "rules": ("malpyeong.rules", ["build", bad, "-o", output / "rules.json"]),
-        "run": ("malpyeong.report.__main__", ["run", bad.parent, "-o", output / "run.html"]),
     }[module]  # fmt: skip
 
 
@@ -154,9 +153,7 @@ ROLES = (
     *("doctor, recipe", "doctor, train", "doctor, labels"),
     *("search, questions", "search, rules", "search, examples", "search, labels", "compare, questions"),
     *("compare, rules", "compare, labels", "rules, document"),
-    *("run, config.yaml", "run, environment.json", "run, log.json"),
 )  # fmt: skip
-RUN = {"config.yaml": "{model: {name: a}, data: {}, training: {}}", "environment.json": "{}", "log.json": "[]"}
 OF_RECORDS = ("gold", "pred", "questions", "train", "dev", "examples")
 # What is as it should be: a label file may name no question of these.
 FINE = {
@@ -164,21 +161,6 @@ FINE = {
     "evaluate, categories": {"empty strings"},
     "report, categories": {"empty strings"},
 }
-UNHEARD_OF = {"a pipe", "a device"}  # in a run's folder
-FINE["run, config.yaml"] = UNHEARD_OF
-FINE["run, environment.json"] = {"an empty object", "empty strings", "a number beyond floats", "half a surrogate pair"}
-FINE["run, environment.json"] |= UNHEARD_OF
-FINE["run, log.json"] = {"an empty list", *UNHEARD_OF}
-RUN = {"config.yaml": "{model: {name: a}, data: {}, training: {}}", "environment.json": "{}", "log.json": "[]"}
-OF_RECORDS = ("gold", "pred", "questions", "train", "dev", "examples")
-# What is as it should be: a label file may name no question of these.
-FINE = {
-    "search, labels": {"an empty object", "empty strings"},
-    "evaluate, categories": {"empty strings"},
-    "report, categories": {"empty strings"},
-}
-FINE["run, environment.json"] = {"an empty object", "empty strings", "a number beyond floats", "half a surrogate pair"}
-FINE["run, log.json"] = {"an empty list"}
 
 
 def make(kind, path):
@@ -197,12 +179,8 @@ def test_one_line_names_the_file(name, good, tmp_path, monkeypatch):
     for kind in {**KINDS, **(RECORDS if name.split(", ")[1] in OF_RECORDS else {})}.keys() - FINE.get(name, set()):
         folder = tmp_path / kind
         folder.mkdir()
-        bad = folder / (name.split(", ")[1] if name.startswith("run, ") else "고장 난 파일.json")
+        bad = folder / "고장 난 파일.json"
         make(kind, bad)
-        for file, content in RUN.items() if name.startswith("run, ") else ():
-            if file != bad.name:
-                (folder / file).write_text(content)
-                (folder / "adapter").mkdir(exist_ok=True)
         (tmp_path / "output").mkdir()
         module, words = arguments(name, bad, good, tmp_path / "output")
         result = CliRunner().invoke(command(module), list(map(str, words)))
