@@ -100,6 +100,7 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "save_total_limit": 1,  # and the best one
         "eval_strategy": "steps" if dev else "no",
         "eval_steps": training.eval_steps if dev else None,
+        "num_generations_eval": 1,  # a completion a question, whatever the batch size
         "load_best_model_at_end": dev,
         "metric_for_best_model": "eval_score" if dev else None,
         "greater_is_better": True if dev else None,

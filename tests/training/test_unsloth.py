@@ -156,6 +156,18 @@ def script(stage):
 
 
 KINDS = {"sft": SFTRecipe, "grpo": GRPORecipe}
+
+
+@pytest.mark.parametrize("gpu", ["t4", "24gb", "40gb", "80gb"])
+def test_trl_takes_what_a_card_decides_with_dev_and_without(gpu):
+    from trl import GRPOConfig
+
+    for dev in ("data.dev=dev.json", "data.dev=null"):
+        overrides = ["recipes/models/qwen.yaml", f"gpu={gpu}", "model.dtype=float32", dev]
+        stated = script("grpo").arguments(load_recipe(ROOT / "recipes/grpo.yaml", overrides, GRPORecipe), "hf")
+        assert GRPOConfig(**stated).eval_strategy == ("steps" if dev.endswith("json") else "no")
+
+
 LISTED = json.loads(unsloth_arguments.LIST.read_text("utf-8"))
 
 
