@@ -329,7 +329,10 @@ def finish_run(
         log: what the trainer logged. The last row, of the whole run, is left out: of a run that was resumed its figures
             are those of the last start, and one that was killed behind its last step has none.
     """
-    model.peft_config["default"].base_model_name_or_path = base
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    if isinstance(config.target_modules, set):  # whose order is another in every process
+        config.target_modules = sorted(config.target_modules)
     steps = [row for row in log if "train_runtime" not in row]
     write_text(output / "log.json", json.dumps(steps, ensure_ascii=False, indent=1) + "\n")
     with new_folder(output / "adapter") as folder:

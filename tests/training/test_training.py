@@ -315,6 +315,7 @@ def training_rows(run):
     return [{key: value for key, value in row.items() if not key.endswith(("_seconds", "step_time"))} for row in rows]
 
 
+@pytest.mark.slow
 def test_dev_is_scored_the_best_adapter_is_kept_and_no_step_is_another(data, sft_run, grpo_run, tmp_path):
     run = tmp_path / "run"
     command = grpo_command(data, run, sft_run / "adapter", f"data.dev={data / 'dev.json'}", "training.eval_steps=2")
@@ -343,6 +344,7 @@ def test_dev_is_scored_the_best_adapter_is_kept_and_no_step_is_another(data, sft
     assert all(torch.equal(weights(run)[name], kept[name]) for name in kept)
 
 
+@pytest.mark.slow
 def test_grpo_stops_when_dev_does_not_get_better_and_stays_stopped(data, sft_run, tmp_path):
     run = tmp_path / "run"
     stop = ("training.eval_steps=1", "training.patience=1", "training.learning_rate=1e-6", "training.max_steps=20")
