@@ -236,7 +236,7 @@ def test_labels_are_given_or_mined(tmp_path):
 
 
 def test_a_rule_that_was_not_tried_counts_as_no_help_and_is_counted():
-    shown = Prompt(Context(tuple(RULES[:3]), choose=True), [], [])
+    shown = Prompt(TRAIN[0], Context(tuple(RULES[:3]), choose=True), [], [])
     tried = Labels({RULES[0].id: 0.0, RULES[1].id: 0.2}, mined=True)
     assert "; 1 of 3 candidates were not tried" in labelled_share([tried], [shown])
     given_ = Labels({RULES[1].id: 1.0})
