@@ -117,7 +117,7 @@ def arguments(name, bad, good, output):
     training = [f"data.{key}={value}" for key, value in sft.items() if key in ("train", "dev", "context", "labels")]
     training += ["data.mode=choose_rule", f"training.output={output / 'run'}"]
     tiny = ROOT / "recipes" / "tiny"
-    mine = {"questions": gold, "rules": rules, "context": context, role: bad}
+    mine = {"questions": gold, "rules": rules, role: bad}
     found = {"rules": rules, "examples": gold, "labels": labels, role: bad}
     searched = [part for key in ("rules", "examples", "labels") for part in (f"--{key}", found[key])]
     searched = [bad if role == "questions" else gold, *searched]
@@ -136,7 +136,7 @@ def arguments(name, bad, good, output):
         "doctor": ("malpyeong.doctor", [bad if role == "recipe" else tiny / "sft.yaml", *training, "--quick"]),
         "mine": (
             "recipes/mine.py",
-            [tiny / "mine.yaml", *(f"data.{key}={mine[key]}" for key in ("questions", "rules", "context")),
+            [tiny / "mine.yaml", *(f"data.{key}={mine[key]}" for key in ("questions", "rules")),
              f"mining.output={output / 'mined'}", "--estimate"],
         ),
         "search": ("malpyeong.retrieval.__main__", ["search", *searched, "-o", output / "found.jsonl"]),
@@ -148,7 +148,7 @@ def arguments(name, bad, good, output):
 ROLES = (
     *("evaluate, gold", "evaluate, pred", "evaluate, categories", "report, gold", "report, pred", "report, categories"),
     *("submit, gold", "submit, pred", "predict, questions", "predict, context"),
-    *("mine, questions", "mine, rules", "mine, context"),
+    *("mine, questions", "mine, rules"),
     *("sft, recipe", "sft, train", "sft, dev", "sft, context", "sft, labels"),
     *("doctor, recipe", "doctor, train", "doctor, labels"),
     *("search, questions", "search, rules", "search, examples", "search, labels", "compare, questions"),
