@@ -54,7 +54,7 @@ demo: $(STAMP) ## base → SFT → GRPO → merge → submission with the tiny m
 	$(RUN) recipes/demo.py -o "$(RUNS)/demo"
 
 # Two processes of one thread each: what is tested is small.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 test: $(STAMP) ## run the tests (4 minutes on two cores)
 	$(PYTEST) -m "not slow"

@@ -102,8 +102,14 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     assert complaints == []
 
 
+# What takes longest comes first, so that no process is left with it when the other has ended.
+FIRST = ("test_training", "test_resume", "test_notebook", "test_gpu_check", "test_prediction", "test_doctor")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever needs a browser is slow."""
+    """Order the files; whatever needs a browser is slow."""
+    order = {f"{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order) + (item.path.parent.name != "training")))
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
