@@ -39,13 +39,12 @@ def bare(overrides: list[str]) -> None:
     recipe = load_recipe(SETTINGS[0], [*SETTINGS[1:], *overrides], GRPORecipe)
     training = recipe.training
     model, tokenizer = load_for_training(recipe.model, training.seed, training.gradient_checkpointing)
-    prompts = training.max_steps * training.batch_size // training.num_generations
     dataset = grpo_dataset(
         tokenizer,
         load_questions(recipe.data.train, recipe.data),
         recipe.model.max_length,
         training.max_completion_length,
-        prompts,
+        training.generations * training.groups,
         training.seed,
     )
     stated: dict[str, Any] = runpy.run_path(str(RECIPE))["arguments"](recipe, "hf")

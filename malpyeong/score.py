@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from malpyeong.contest.records import Record, load_records
-from malpyeong.metrics.aggregate import METRICS, RecordScore, score_records, summarise
+from malpyeong.metrics.aggregate import METRICS, RecordScore, combined_score, score_records, summarise
 from malpyeong.models.adapter import adapter_folder, check_adapter
 from malpyeong.predict import fitted
 from malpyeong.prompts.context import NO_CONTEXT, load_contexts
@@ -28,9 +28,9 @@ _COLUMNS = {"exact_match": "EM", "rouge_1": "ROUGE-1", "bertscore": "BERTScore",
 
 
 def record_score(score: RecordScore) -> float:
-    """Return the mean of a record's EM and of the mean of its reason's scores, 0 for a reason that is missing."""
+    """Return a record's combined score, of what was scored."""
     reason = [value for value in (score.rouge_1, score.bertscore, score.bleurt) if value is not None]
-    return ((score.exact_match or 0.0) + (sum(reason) / len(reason) if reason else 0.0)) / 2
+    return float(combined_score(score.exact_match or 0.0, reason))
 
 
 def sample_scores(
@@ -66,7 +66,7 @@ def _averages(scores: Sequence[RecordScore], metrics: Sequence[str]) -> dict[str
     summary = summarise(scores, metrics)
     averages = {key: float(summary[key]) for name, key in METRICS.items() if name in metrics}
     reason = [value for key, value in averages.items() if key != "exact_match"]
-    return {**averages, "score": (averages["exact_match"] + sum(reason) / len(reason)) / 2}
+    return {**averages, "score": combined_score(averages["exact_match"], reason)}
 
 
 @click.command(cls=Command)
@@ -110,6 +110,7 @@ def main(
     base = str(check_adapter(adapter)["base_model_name_or_path"]) if adapter else model
     from tqdm import tqdm
 
+    from malpyeong.decoding.answers import sample
     from malpyeong.decoding.engines import Decoding, TransformersEngine
     from malpyeong.metrics.rouge import load_dictionary
     from malpyeong.metrics.scorers import load_scorer
@@ -121,15 +122,11 @@ def main(
     scorers = {name: load_scorer(name, scorer) for name, scorer in named.items() if scorer}
     prompts = fitted(tokenizer_for_prediction(base, adapter), records, contexts, max_new_tokens)
     decoding = Decoding(False, samples + 1, temperature, seed, max_new_tokens)
-    order = sorted(range(len(records)), key=lambda row: -len(prompts[row].ids))
-    size = max(1, batch_size // (samples + 1))
     answers: list[list[str]] = [[] for _ in records]
     with out_of_memory(f"lower --batch-size={batch_size}, or add --load-in-4bit"):
         engine = TransformersEngine(*load_for_prediction(base, adapter, dtype, load_in_4bit), decoding)
-        for start in tqdm(range(0, len(order), size), desc="score", unit="batch"):
-            rows = order[start : start + size]
-            for row, given in zip(rows, engine.answers([prompts[row] for row in rows]), strict=True):
-                answers[row] = [split_choice(answer)[1] if choose_rule else answer for answer in given]
+        for row, given in tqdm(sample(engine, prompts, batch_size), total=len(records), desc="score", unit="record"):
+            answers[row] = [split_choice(answer)[1] if choose_rule else answer for answer in given]
     table = sample_scores(records, answers, ("em", "rouge1", *scorers), scorers)
     if as_json:
         click.echo(json_text(table))

@@ -22,7 +22,6 @@ upwards later than downwards, and ``beta`` 0 needs no reference model.
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
 """
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -157,9 +156,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
     rewards = RewardRun(weights, training.num_generations, models, training.min_group_std, own_rewards)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
-    generations = math.ceil(training.max_steps / training.num_iterations)
-    completions = training.batch_size * training.gradient_accumulation_steps
-    prompts = generations * completions // training.num_generations
+    prompts = training.generations * training.groups
     dataset = grpo_dataset(
         tokenizer, questions, model_block.max_length, training.max_completion_length, prompts, training.seed
     )
@@ -169,7 +166,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     dev: DevScores | None = None
     if recipe.data.dev:
         asked, answer = load_questions(recipe.data.dev, recipe.data), training.max_completion_length
-        dev = DevScores(tokenizer, asked, model_block.max_length, answer, completions, models, Path(training.output))
+        rows, output = training.effective_batch_size, Path(training.output)
+        dev = DevScores(tokenizer, asked, model_block.max_length, answer, rows, models, output)
         callbacks.append(dev)
         if training.patience:
             callbacks.append(EarlyStoppingCallback(training.patience))

@@ -130,8 +130,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     class ScoredTrainer(SFTTrainer):
         def _get_train_sampler(self, *_: Any) -> LengthGroupedOrder:  # noqa: ANN401 -- as in transformers
             lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-            batch_size = training.batch_size * training.gradient_accumulation_steps
-            return LengthGroupedOrder(lengths, batch_size, training.seed)
+            return LengthGroupedOrder(lengths, training.effective_batch_size, training.seed)
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in transformers
             result = super().evaluation_loop(*args, **kwargs)

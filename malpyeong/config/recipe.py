@@ -1,6 +1,7 @@
 """The blocks and keys of a recipe. How a file becomes one is in ``malpyeong.config.load``."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
@@ -136,6 +137,11 @@ class SFTTraining(Block):
     patience: int = Field(default=3, gt=0)
     logging_steps: int = Field(default=1, gt=0)
 
+    @property
+    def effective_batch_size(self) -> int:
+        """Records of a step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
 
 class ScorersBlock(Block):
     """Models of the rewards ``bertscore``, ``bleurt`` and ``official``: hub ids or folders, and where they run."""
@@ -213,13 +219,27 @@ class GRPOTraining(Block):
     eval_steps: int = Field(default=50, gt=0)
     patience: int | None = Field(default=None, gt=0)
 
+    @property
+    def effective_batch_size(self) -> int:
+        """Completions of a step, which are sampled together."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def groups(self) -> int:
+        """Questions of a step."""
+        return self.effective_batch_size // self.num_generations
+
+    @property
+    def generations(self) -> int:
+        """How often completions are sampled in the whole run."""
+        return math.ceil(self.max_steps / self.num_iterations)
+
     @model_validator(mode="after")
     def _whole_groups(self) -> "GRPOTraining":
-        rollouts = self.batch_size * self.gradient_accumulation_steps
-        if rollouts % self.num_generations:
+        if self.effective_batch_size % self.num_generations:
             raise ValueError(
-                f"batch_size × gradient_accumulation_steps = {rollouts} completions a step is not a multiple "
-                f"of num_generations = {self.num_generations}"
+                f"batch_size × gradient_accumulation_steps = {self.effective_batch_size} completions a step is not a "
+                f"multiple of num_generations = {self.num_generations}"
             )
         for key in ("save_steps", "eval_steps"):
             if getattr(self, key) % self.num_iterations:

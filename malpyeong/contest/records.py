@@ -8,13 +8,13 @@ has no ``output``. Text is never normalised: what comes in goes out, character b
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from malpyeong.contest.nfd import check_composed
-from malpyeong.errors import InputError
+from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text, write_text
 
 QUESTION_TYPES = ("선택형", "교정형")
@@ -177,6 +177,21 @@ def _json_objects(path: Path, text: str) -> list[tuple[str, Any]]:
         parse_json(f"{path}", text)
         raise InputError(f'{path}: the top level is one object; expected a list "[{{…}}, …]" or JSONL')
     return list(json_lines(path, text))
+
+
+def text_by_id(path: Path, values: Mapping[str, Any], key: str, expected: str) -> dict[str, str]:
+    """Return what a file says of each record: a text, or an object that has it under ``key``.
+
+    Raises:
+        InputError: a record has none; names its id and what is ``expected``.
+    """
+    texts: dict[str, str] = {}
+    for id_, value in values.items():
+        text = value.get(key) if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise InputError(f'{path}: id "{printable(id_, 40)}" has no {key}; expected {expected}')
+        texts[id_] = text
+    return texts
 
 
 def record_from_json(where: str, item: Any, answers: Answers) -> Record:  # noqa: ANN401 -- JSON is Any

@@ -22,7 +22,24 @@ def predict(
     done: Collection[int] = (),
     score: ReasonScore = rouge_score,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (position, answer) for every prompt, the longest first.
+    """Yield (position, answer) for every prompt: of its samples, the one that most agree with.
+
+    Args:
+        engine: as for :func:`sample`.
+        prompts: as there.
+        batch_size: as there.
+        done: as there.
+        score: of reasons, to choose among samples with (see :func:`malpyeong.decoding.vote.choose`).
+    """
+    for row, samples in sample(engine, prompts, batch_size, done):
+        voters = [split_choice(answer)[1] for answer in samples]
+        yield row, samples[voters.index(choose(voters, score))]
+
+
+def sample(
+    engine: "Engine", prompts: Sequence[Prompt], batch_size: int = 16, done: Collection[int] = ()
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield (position, its samples) for every prompt, the longest first.
 
     Constrained answers to questions with options are given one after another: their verdicts are there at the start, so
     that such a batch ends sooner than one in which other questions take part.
@@ -35,7 +52,6 @@ def predict(
         prompts: of the questions.
         batch_size: answers that are generated at once; a question with n samples counts n times.
         done: positions that are not needed again; a batch is skipped if all of its questions are done.
-        score: of reasons, to choose among samples with (see :func:`malpyeong.decoding.vote.choose`).
     """
     lengths = [len(prompt.ids) for prompt in prompts]
     chosen = [engine.decoding.constrained and bool(options(prompt.record)) for prompt in prompts]
@@ -46,11 +62,8 @@ def predict(
     size = max(1, batch_size // engine.decoding.samples)
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        if all(row in done for row in rows):
-            continue
-        for row, samples in zip(rows, engine.answers([prompts[row] for row in rows]), strict=True):
-            voters = [split_choice(sample)[1] for sample in samples]
-            yield row, samples[voters.index(choose(voters, score))]
+        if not all(row in done for row in rows):
+            yield from zip(rows, engine.answers([prompts[row] for row in rows]), strict=True)
 
 
 def repaired(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:

@@ -22,7 +22,7 @@ from malpyeong.contest.answer import contest_split, format_problem
 from malpyeong.decoding.answers import predict, repaired
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.files import write_text
-from malpyeong.metrics.aggregate import METRICS, score_records, summarise
+from malpyeong.metrics.aggregate import METRICS, combined_score, score_records, summarise
 from malpyeong.prompts.messages import fit_prompts, left_out
 from malpyeong.prompts.rule_choice import split_choice
 from malpyeong.training.data import Questions
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
     from malpyeong.metrics.pairs import PairScorer
 
-METRIC = (
-    "eval_score"  # what decides: the contest's final score, or the mean of EM and ROUGE-1 where a scorer is missing
-)
+# What decides: the contest's final score, or the mean of EM and ROUGE-1 where a scorer is missing.
+METRIC = "eval_score"
 COLUMNS = (*METRICS.values(), "final", "format_rate", "reason_median_chars", "score")
 
 
@@ -106,7 +105,7 @@ class DevScores(TrainerCallback):
         if summary["final_score"] is not None:
             row["final"] = summary["final_score"]
         row |= {"format_rate": well_formed / len(given), "reason_median_chars": float(median(reasons))}
-        row["score"] = row.get("final", (row["exact_match"] + row["rouge_1"]) / 2)
+        row["score"] = row.get("final", combined_score(row["exact_match"], [row["rouge_1"]]))
         return row
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401

@@ -192,8 +192,16 @@ def _mean(values: Sequence[float]) -> float:
 
 def final_scores(means: Mapping[str, Any]) -> dict[str, Any]:
     """Return the contest's two combined scores (:data:`FINALS`) of the four metrics' means: numbers, or arrays."""
-    descriptive = (means["rouge_1"] + means["bertscore"] + means["bleurt"]) / 3
-    return dict(zip(FINALS, (descriptive, (means["exact_match"] + descriptive) / 2), strict=True))
+    reason = [means[key] for key in ("rouge_1", "bertscore", "bleurt")]
+    return dict(zip(FINALS, (sum(reason) / 3, combined_score(means["exact_match"], reason)), strict=True))
+
+
+def combined_score(exact_match: Any, reason: Sequence[Any]) -> Any:  # noqa: ANN401 -- numbers, or arrays of them
+    """Return the mean of EM and of the reason's mean, 0 for a reason that has no score.
+
+    With all three metrics of the reason it is the contest's final score; with fewer, what stands for it.
+    """
+    return (exact_match + (sum(reason) / len(reason) if reason else 0.0)) / 2
 
 
 def _matrix(scores: Sequence[RecordScore], metrics: Sequence[str]) -> "NDArray[np.float64]":

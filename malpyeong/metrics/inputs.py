@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
-from malpyeong.contest.records import Record, check_same_questions, load_records, parse_json
-from malpyeong.errors import InputError, printable
+from malpyeong.contest.records import Record, check_same_questions, load_records, parse_json, text_by_id
+from malpyeong.errors import InputError
 from malpyeong.files import read_text
 from malpyeong.metrics.aggregate import METRICS
 
@@ -36,13 +36,7 @@ def load_categories(path: Path) -> dict[str, str]:
     values = parse_json(str(path), read_text(path, expected))
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: is not {expected}")
-    categories: dict[str, str] = {}
-    for id_, value in values.items():
-        category = value.get("category") if isinstance(value, dict) else value
-        if not isinstance(category, str):
-            raise InputError(f'{path}: id "{printable(id_, 40)}" has no category; expected {expected}')
-        categories[id_] = category
-    return categories
+    return text_by_id(path, values, "category", expected)
 
 
 def parse_metrics(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:

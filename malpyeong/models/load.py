@@ -23,7 +23,7 @@ from malpyeong.models.adapter import (
 )
 from malpyeong.models.environment import keep_compiled_code, version_problems
 from malpyeong.models.memory import VLLM_SHARE, Backend
-from malpyeong.models.tokenizer import load_tokenizer, not_found
+from malpyeong.models.tokenizer import load_tokenizer, not_found, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ def load_for_training(
         return _load_unsloth(model, seed, gradient_checkpointing, use_vllm)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
+    tokenizer = tokenizer_of(model)
     base: Any = load_base(model.name, pick_dtype(model.dtype), load_in_4bit=model.load_in_4bit)
     set_generation_config(base, tokenizer)
     check_target_modules(base, model.lora.target_modules)
@@ -294,7 +294,7 @@ def _load_unsloth(model: "ModelBlock", seed: int, gradient_checkpointing: bool, 
         )
     else:
         check_fit(loaded, model.adapter)
-    tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
+    tokenizer = tokenizer_of(model)
     set_generation_config(loaded, tokenizer)
     return loaded, tokenizer
 

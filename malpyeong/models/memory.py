@@ -323,7 +323,7 @@ def estimate_recipe(
         on_card = scorers is not None and scorers.device != "cpu"
         sizes = {
             "max_completion_length": recipe.training.max_completion_length,
-            "completions": training.batch_size * training.gradient_accumulation_steps,
+            "completions": training.effective_batch_size,
             "scorer_bytes": sum(SCORER_PARAMETERS[name] * width for name in needed) if on_card else 0,
         }
         if recipe.training.use_vllm:

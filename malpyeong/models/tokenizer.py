@@ -12,6 +12,8 @@ from malpyeong.prompts.messages import TEMPLATE_OPTIONS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from malpyeong.config.recipe import ModelFacts
+
 _SPARE_TOKENS = ("<|endoftext|>", "<|pad|>", "<pad>", "<|finetune_right_pad_id|>", "<|end_of_text|>")
 
 # Templates ask transformers for today's date by this function. A macro of the same name takes its place, in the
@@ -67,6 +69,11 @@ def load_tokenizer(
     tokenizer.padding_side = "left"
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
+
+
+def tokenizer_of(model: "ModelFacts") -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a recipe's model; see :func:`load_tokenizer`."""
+    return load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, texts: Sequence[str] = ()) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from malpyeong.contest.records import Record, json_lines, parse_json
+from malpyeong.contest.records import Record, json_lines, parse_json, text_by_id
 from malpyeong.contest.rulebook import Rule
 from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text
@@ -147,13 +147,7 @@ def _given(path: Path, text: str, expected: str) -> dict[str, str]:
     values = parse_json(str(path), text)
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected {expected}")
-    labels: dict[str, str] = {}
-    for id_, value in values.items():
-        rule = value.get("rule") if isinstance(value, dict) else value
-        if not isinstance(rule, str):
-            raise InputError(f'{path}: id "{printable(id_, 40)}" has no rule; expected {_GIVEN}')
-        labels[id_] = rule
-    return labels
+    return text_by_id(path, values, "rule", _GIVEN)
 
 
 def _mined(where: str, row: Any) -> tuple[tuple[str, str], Labels]:  # noqa: ANN401 -- JSON is Any

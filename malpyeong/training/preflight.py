@@ -104,7 +104,7 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
         InputError: a data file cannot be read.
     """
     from malpyeong.models.load import check_vllm
-    from malpyeong.models.tokenizer import load_tokenizer
+    from malpyeong.models.tokenizer import tokenizer_of
 
     yield from _versions()
     yield from _card(recipe)
@@ -126,7 +126,7 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
             yield Finding("error", error.message)
     model = recipe.model
     try:
-        tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
+        tokenizer = tokenizer_of(model)
     except InputError as error:
         yield Finding("error", error.message)
         return
@@ -190,12 +190,11 @@ def _data(recipe: AnyRecipe) -> Iterator[Finding]:
 
 def _batches(recipe: AnyRecipe, records: int) -> Iterator[Finding]:
     training = recipe.training
-    rollouts = training.batch_size * training.gradient_accumulation_steps
+    rollouts = training.effective_batch_size
     if isinstance(recipe, SFTRecipe):
         yield Finding("ok", f"{counted(records, 'record')}, {counted(rollouts, 'answer')} a step")
         return
-    group = recipe.training.num_generations
-    questions = rollouts // group
+    group, questions = recipe.training.num_generations, recipe.training.groups
     passes = recipe.training.max_steps * questions / records
     text = f"{counted(records, 'question')}; a step samples {questions} × {group} = {rollouts} completions"
     yield Finding("ok", f"{text}; {recipe.training.max_steps} steps ask each question {passes:.1f} times")
@@ -251,7 +250,7 @@ def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: floa
     from malpyeong.models.load import check_vllm
 
     model, training = recipe.model, recipe.training
-    completions = training.batch_size * training.gradient_accumulation_steps
+    completions = training.effective_batch_size
     if backend == "unsloth" and model.load_in_4bit and model.dtype == "float16" and completions > NF4_ROWS:
         yield Finding(
             "warning",

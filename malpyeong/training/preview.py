@@ -8,7 +8,7 @@ import yaml
 
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.errors import counted
-from malpyeong.models.tokenizer import load_tokenizer
+from malpyeong.models.tokenizer import tokenizer_of
 from malpyeong.prompts.messages import fit_prompts
 from malpyeong.training.data import Questions, sft_dataset
 
@@ -22,8 +22,7 @@ def preview(recipe: SFTRecipe | GRPORecipe, questions: Questions) -> Iterator[st
     Raises:
         InputError: a question does not fit ``model.max_length``.
     """
-    model = recipe.model
-    tokenizer = load_tokenizer(model.name, model.eos_token, model.pad_token, model.tokenizer_json)
+    tokenizer = tokenizer_of(recipe.model)
     yield yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
     if isinstance(recipe, SFTRecipe):
         yield from _sft(recipe, questions, tokenizer)
@@ -33,10 +32,10 @@ def preview(recipe: SFTRecipe | GRPORecipe, questions: Questions) -> Iterator[st
 
 def _sft(recipe: SFTRecipe, questions: Questions, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     training, dataset = recipe.training, sft_dataset(tokenizer, questions, recipe.model.max_length)
-    effective = training.batch_size * training.gradient_accumulation_steps
     steps = math.ceil(math.ceil(len(dataset) / training.batch_size) / training.gradient_accumulation_steps)
     yield (
-        f"effective batch size {effective} ({training.batch_size} × {training.gradient_accumulation_steps}); "
+        f"effective batch size {training.effective_batch_size} ({training.batch_size} × "
+        f"{training.gradient_accumulation_steps}); "
         f"{counted(len(dataset), 'question')}: {counted(steps, 'step')} an epoch, {math.ceil(steps * training.epochs)} "
         f"in {training.epochs:g} epochs; dev every {counted(training.eval_steps, 'step')}"
     )
@@ -50,11 +49,9 @@ def _sft(recipe: SFTRecipe, questions: Questions, tokenizer: "PreTrainedTokenize
 
 def _grpo(recipe: GRPORecipe, questions: Questions, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     training, records = recipe.training, questions.records
-    completions = training.batch_size * training.gradient_accumulation_steps
-    groups = completions // training.num_generations
-    generations = math.ceil(training.max_steps / training.num_iterations)
+    groups, generations = training.groups, training.generations
     yield (
-        f"{counted(completions, 'completion')} a generation ({training.batch_size} × "
+        f"{counted(training.effective_batch_size, 'completion')} a generation ({training.batch_size} × "
         f"{training.gradient_accumulation_steps}): {counted(groups, 'question')} with {training.num_generations} each; "
         f"{counted(training.max_steps, 'step')} on {counted(generations, 'generation')}: {generations * groups:,} "
         f"questions are asked, {generations * groups / len(records):.1f} times each of {len(records)}"

@@ -192,13 +192,15 @@ def load_functions(files: Mapping[str, str]) -> dict[str, RewardFunction]:
     loaded: dict[str, RewardFunction] = {}
     for name, file in files.items():
         try:
-            function = runpy.run_path(file).get(name.removeprefix(f"{file}:"))
+            namespace = runpy.run_path(file)
         except OSError as error:
             raise InputError(f"data.rewards.{name}: {file} cannot be read ({error.strerror})") from None
         except Exception as error:
             raise InputError(f"data.rewards.{name}: {file} cannot be run ({type(error).__name__}: {error})") from None
+        function = namespace.get(name.removeprefix(f"{file}:"))
         if not callable(function):
-            raise InputError(f"data.rewards.{name}: {file} has no such function; known: {_functions(file)}")
+            own = ", ".join(key for key, value in namespace.items() if inspect.isfunction(value))
+            raise InputError(f"data.rewards.{name}: {file} has no such function; known: {own or 'none'}")
         try:
             inspect.signature(function).bind(completions=[], reference=[], record_id=[], prompts=[])
         except (TypeError, ValueError) as error:
@@ -208,11 +210,6 @@ def load_functions(files: Mapping[str, str]) -> dict[str, RewardFunction]:
             ) from None
         loaded[name] = _checked(name, function)
     return loaded
-
-
-def _functions(file: str) -> str:
-    own = (name for name, value in runpy.run_path(file).items() if inspect.isfunction(value))
-    return ", ".join(own) or "none"
 
 
 def _checked(name: str, function: Callable[..., Any]) -> RewardFunction:
