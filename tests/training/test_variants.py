@@ -44,8 +44,6 @@ def grpo(tmp_path, run_module):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("training.loss_type=grpo", "training.importance_sampling_level=sequence"),
-        ("training.loss_type=cispo", "training.epsilon_high=5"),
         ("training.loss_type=sapo", "training.num_iterations=2"),
         ("training.entropy_coef=0.01", "training.shuffle=false"),
         ("training.multi_objective_aggregation=sum_then_normalize", "training.scale_rewards=none"),
@@ -56,6 +54,21 @@ def test_a_variant_trains(overrides, grpo, tmp_path):
     assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
     asked = [row["loss"] for row in json.loads((tmp_path / "run" / "log.json").read_text("utf-8")) if "loss" in row]
     assert len(asked) == 2
+
+
+@pytest.mark.slow
+def test_clipping_and_kinds_of_ratio_do_nothing_where_completions_are_used_once(grpo):
+    steps = ("training.max_steps=2", "training.save_steps=2")
+    sequence = ("training.loss_type=grpo", "training.importance_sampling_level=sequence")
+    for pair in (
+        (("training.loss_type=dapo",), ("training.loss_type=cispo", "training.epsilon_high=5")),
+        (("training.loss_type=grpo",), ("training.loss_type=sapo",), sequence),
+    ):
+        first, *others = (
+            grpo("-".join(one.split("=")[1] for one in overrides), *steps, *overrides) for overrides in pair
+        )
+        for other in others:
+            assert all(torch.allclose(first[name], other[name], atol=1e-6) for name in first)
 
 
 @pytest.mark.slow
