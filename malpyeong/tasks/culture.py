@@ -90,16 +90,18 @@ def scores(golds: Sequence[Record], answers: Sequence[str], scorers: Mapping[str
     parts = [row[name] for name in ("accuracy", "exact_match") if name in row]
     parts += [sum(reason) / len(reason)] if reason else []
     mean = sum(parts) / len(parts)
-    return {**row, **({"final": mean} if len(reason) != 1 and len(reason) != 2 else {}), "score": mean}
+    return {**row, **({"final": mean} if len(reason) in (0, 3) else {}), "score": mean}
 
 
-def _described(scorers: Mapping[str, "PairScorer"]) -> dict[str, Callable[[list[str], list[str]], Sequence[float]]]:
+def _described(scorers: Mapping[str, "PairScorer"]) -> Mapping[str, Callable[[list[str], list[str]], Sequence[float]]]:
     """Return the metrics of 서술형 that can be computed."""
+    return {"rouge_1": _rouge_1} | {name: scorers[name].score for name in ("bertscore", "bleurt") if name in scorers}
+
+
+def _rouge_1(texts: Sequence[str], golds: Sequence[str], **_: Any) -> list[float]:  # noqa: ANN401
     from malpyeong.metrics.rouge import rouge_1
 
-    return {"rouge_1": lambda texts, golds: list(map(rouge_1, texts, golds))} | {
-        name: scorers[name].score for name in ("bertscore", "bleurt") if name in scorers
-    }
+    return list(map(rouge_1, texts, golds))
 
 
 def _reward(kind: str, score: Callable[..., Sequence[float]]) -> Callable[..., Rewards]:
@@ -133,7 +135,7 @@ REWARDS: dict[str, Callable[..., Rewards]] = {
     "format": _format,
     "accuracy": _reward("선다형", lambda texts, golds, **_: list(map(accuracy, texts, golds))),
     "exact_match": _reward("단답형", lambda texts, golds, **_: list(map(exact_match, texts, golds))),
-    "rouge_1": _reward("서술형", lambda texts, golds, **_: _described({})["rouge_1"](texts, golds)),
+    "rouge_1": _reward("서술형", _rouge_1),
     "bertscore": _reward("서술형", lambda texts, golds, bertscore_model, **_: bertscore_model.score(texts, golds)),
     "bleurt": _reward("서술형", lambda texts, golds, bleurt_model, **_: bleurt_model.score(texts, golds)),
     "official": _official,
