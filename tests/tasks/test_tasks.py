@@ -218,9 +218,11 @@ def test_an_essay_answer_that_cannot_be_read_counts_as_zero():
 
 
 def test_the_final_score_of_culture_is_the_mean_of_three_types(tmp_path):
-    make_encoder(tmp_path / "encoder", "tiny")
-    make_bleurt(tmp_path / "bleurt", "tiny")
-    folders = {"bertscore": tmp_path / "encoder", "bleurt": tmp_path / "bleurt"}
+    shape = {"hidden": 48, "layers": 2, "heads": 3, "embedding": 16, "vocabulary": 2_000, "pieces": 1_500}
+    folders = {
+        "bertscore": make_encoder(tmp_path / "bert", hidden=64, vocabulary=2_000, words=1_500),
+        "bleurt": make_bleurt(tmp_path / "bleurt", **shape),
+    }
     scorers = {name: load_scorer(name, str(folder)) for name, folder in folders.items()}
     choice, short, described = of_type("선다형")[:2], of_type("단답형")[:4], of_type("서술형")[:2]
     golds = [*choice, *short, *described]
@@ -347,20 +349,14 @@ def test_from_sft_to_a_submission(tmp_path, run_module, task):
     questions = next(FILES.glob(f"{task.NAME}_test_questions.*"))
     base, sft, grpo, pred = "malpyeong/samples/tiny_base", *(tmp_path / name for name in ("sft", "grpo", "pred.json"))
     own = tmp_path / "mine.py"  # after so few steps answers hardly differ in the contest's rewards
-    own.write_text(
-        "def commas(completions, **_): return [text.count(',') / len(text or ' ') for text in completions]\n"
-    )
+    own.write_text("def commas(completions, **_): return [text.count(',') / 99 for text in completions]\n")
     overlay, few = f"recipes/tiny/{task.NAME}.yaml", ("training.eval_steps=2", "training.warmup_steps=0")
     short = (f"data.rewards.{own}:commas=1", "training.min_group_std=0", "training.max_completion_length=60")
-    group = (
-        "training.batch_size=8",
-        "training.num_generations=4",
-        "training.max_steps=2",
-        f"model.adapter={sft}/adapter",
-    )
+    group = ("training.batch_size=8", "training.num_generations=4", "training.max_steps=2")
+    folders = (f"training.output={grpo}", f"model.adapter={sft}/adapter")
     steps = (
         ("recipes/sft.py", "recipes/tiny/sft.yaml", overlay, f"training.output={sft}", *few, "training.epochs=4"),
-        ("recipes/grpo.py", "recipes/tiny/grpo.yaml", overlay, f"training.output={grpo}", *few, *short, *group),
+        ("recipes/grpo.py", "recipes/tiny/grpo.yaml", overlay, *few, *short, *group, *folders),
         ("-m", "malpyeong.predict", base, questions, f"--adapter={grpo}/adapter", "--max-new-tokens=60", "-o", pred),
         ("-m", "malpyeong.evaluate", next(FILES.glob(f"{task.NAME}_test.*")), pred, "--json"),
         ("-m", "malpyeong.submit", questions, pred, "-o", tmp_path / "submission.json"),
