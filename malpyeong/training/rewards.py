@@ -152,6 +152,12 @@ def _of_reasons(
     return rewards
 
 
+def _reason_lengths(completions: Sequence[Completion], reference: Sequence[str]) -> list[float]:
+    pairs = zip(map(completion_text, completions), reference, strict=True)
+    reasons = [(contest_split(text)[1], contest_split(gold)[1]) for text, gold in pairs if format_problem(text) is None]
+    return [len(reason) / len(gold) for reason, gold in reasons if gold]
+
+
 REWARDS: dict[str, RewardFunction] = {
     "format": format,
     "exact_match": exact_match,
@@ -270,6 +276,7 @@ class RewardRun:
 
     - ``dead_groups``: share of groups whose completions all earn the same in every reward; nothing is learnt.
     - ``group_std/NAME``: standard deviation of a component within a group, mean over the groups.
+    - ``reason_length``: median of characters of the reason over those of the gold's, of well-formed answers.
 
     TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
 
@@ -322,7 +329,10 @@ class RewardRun:
             self._step[name] = rewards
             if name == list(self._weights)[-1]:
                 if log_metric is not None:
-                    for key, value in self._statistics().items():
+                    figures = self._statistics()
+                    if lengths := _reason_lengths(judged, columns["reference"]):
+                        figures["reason_length"] = statistics.median(lengths)
+                    for key, value in figures.items():
                         log_metric(key, value)
                 if log_extra is not None:
                     log_extra("question", [prompt[-1]["content"] for prompt in columns["prompts"]])
