@@ -88,6 +88,6 @@ def grammar_only(task: Task, used: Mapping[str, object]) -> None:
 
 
 def _read(where: str, item: Any, answers: Answers) -> Record:  # noqa: ANN401 -- JSON is Any
-    if isinstance(item, dict) and "essay" in item:
+    if isinstance(item, dict) and "essay" in item and "input" not in item:
         return essay.record_from_json(where, item, answers)
     return record_from_json(where, item, answers, grammar.TYPES + culture.TYPES)

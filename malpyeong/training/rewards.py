@@ -175,7 +175,7 @@ def functions_of(task: Task, data: "GRPOData") -> dict[str, RewardFunction]:
     Raises:
         InputError: it names a reward that the task does not have; or see :func:`load_functions`.
     """
-    functions = {name: _of_texts(function) for name, function in task.REWARDS.items()} or REWARDS
+    functions = {name: _of_texts(name, function) for name, function in task.REWARDS.items()} or REWARDS
     own = load_functions(data.own_rewards)
     for name in data.rewards:
         if name not in functions and name not in own:
@@ -186,11 +186,11 @@ def functions_of(task: Task, data: "GRPOData") -> dict[str, RewardFunction]:
     return {**functions, **own}
 
 
-def _of_texts(function: RewardFunction) -> RewardFunction:
-    @functools.wraps(function)
+def _of_texts(name: str, function: RewardFunction) -> RewardFunction:
     def call(completions: Sequence[Completion], **columns: Any) -> Rewards:  # noqa: ANN401
         return function([completion_text(completion) for completion in completions], **columns)
 
+    call.__name__ = name  # as TRL logs it
     return call
 
 
