@@ -227,9 +227,9 @@ def record_from_json(
     question_type = _field(where, body, "question_type", str, "a string", "input.")
     check_composed(where, "input.question_type", question_type)
     if question_type not in types:
-        other = " (of another task; this is only for grammar)" if question_type in _OF_OTHER_TASKS else ""
+        other = " (it is of another task; this is only for grammar)" if question_type in _OF_OTHER_TASKS else ""
         raise InputError(
-            f'{where}: input.question_type is "{_short(question_type)}"{other}; expected {" or ".join(types)}'
+            f'{where}: input.question_type is "{_short(question_type)}"; expected {" or ".join(types)}{other}'
         )
     question = _field(where, body, "question", str, "a string", "input.")
     if not question.strip():
