@@ -105,7 +105,7 @@ def _rouge_1(texts: Sequence[str], golds: Sequence[str], **_: Any) -> list[float
 
 
 def _reward(kind: str, score: Callable[..., Sequence[float]]) -> Callable[..., Rewards]:
-    """Return a reward of one question type: 0 where the form does not hold or below it, None in another type."""
+    """Return a reward of one question type: None in another type, 0 where the form does not hold or it is below 0."""
 
     def reward(texts: Sequence[str], reference: Sequence[str], question_type: Sequence[str], **models: Any) -> Rewards:  # noqa: ANN401
         rewards: Rewards = [0.0 if of == kind else None for of in question_type]
