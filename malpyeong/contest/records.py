@@ -111,10 +111,17 @@ def check_same_questions(
     """Make sure that two files hold the same ids in the same order, as the contest's scorer demands.
 
     Raises:
-        InputError: names the first id that is missing, unexpected or out of place.
+        InputError: names the first id that is missing, unexpected or out of place, or is a question of another task.
     """
     expected, ids = [record.id for record in gold], [record.id for record in predictions]
     if expected == ids:
+        for one, other in zip(gold, predictions, strict=True):
+            types = {one.question_type, other.question_type}
+            if len(types) > 1 and not types <= {*QUESTION_TYPES}:
+                raise InputError(
+                    f'{path}: id "{one.id}" is a {other.question_type}, and in {gold_path} a {one.question_type}; '
+                    "is this the prediction of another file?"
+                )
         return
     missing = [id_ for id_ in expected if id_ not in set(ids)]
     unknown = [id_ for id_ in ids if id_ not in set(expected)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.random_scorers import make_bleurt, make_encoder
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
-from malpyeong.contest.records import load_records, write_records
+from malpyeong.contest.records import check_same_questions, load_records, write_records
 from malpyeong.errors import InputError
 from malpyeong.metrics.rouge import rouge_1
 from malpyeong.metrics.scorers import load_scorer
@@ -108,6 +108,12 @@ def test_files_of_two_tasks_and_commands_of_another_are_refused(tmp_path):
     for name in ("culture_train.json", "essay_train.jsonl"):
         with pytest.raises(InputError, match="another task"):
             load_records(FILES / name)
+
+
+def test_a_prediction_of_another_task_is_refused():
+    grammar_record = replace(load_records(DATA / "train.json", "gold")[0], id=CULTURE[0].id)
+    with pytest.raises(InputError, match=f'id "{CULTURE[0].id}"'):
+        check_same_questions([grammar_record], CULTURE[:1], "gold", "prediction")
 
 
 # ---- parsers
