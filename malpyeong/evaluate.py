@@ -111,7 +111,9 @@ def main(
         if as_json:
             click.echo(json_text(other))
         else:
-            Console().print(_table_of(other))
+            Console().print(f"contest score of the task {task.NAME}:", _table_of(other))
+            if "final" not in other:
+                Console().print(f"score: {task.STAND_IN}")
         return
     others = load_answers(gold, against)[1] if against else []
     computed, scorers = load_scorers(metrics, bertscore_model, bleurt_model, device)
@@ -165,10 +167,7 @@ def _summary_of(
 
 
 def _table_of(summary: dict[str, Any]) -> Table:
-    title = f"contest score of {summary['task']}" + (
-        "" if "final" in summary else " (score: a stand-in, docs/tasks.md)"
-    )
-    table = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, show_header=False)
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, show_header=False)
     for key, value in summary.items():
         if isinstance(value, int | float):
             table.add_row(_COLUMNS.get(key, key), _cell(value))

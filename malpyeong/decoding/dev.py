@@ -77,7 +77,7 @@ class DevScores(TrainerCallback):
             first = json.loads((output / "scores.json").read_text("utf-8"))[:1]
             self._start = next((row for row in first if row["step"] == 0), {})
         self._tagged, self._task = questions.mode == "choose_rule", questions.task
-        self._columns = COLUMNS if self._task is grammar else ()
+        self._columns: tuple[str, ...] = COLUMNS  # of grammar; of another task, what it scores
 
     def score_start(self, model: Any) -> None:  # noqa: ANN401 -- a PeftModel
         """Score the model before the first step of a run."""
@@ -106,6 +106,8 @@ class DevScores(TrainerCallback):
         if self._task is grammar:
             reasons = [len(contest_split(record.answer or "")[1]) for record in given]
             row["reason_median_chars"] = float(median(reasons))
+        else:
+            self._columns = (*row, "score")
         return {**row, "score": score}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
@@ -126,7 +128,7 @@ class DevScores(TrainerCallback):
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         rows = [row for row in (self._start, *rows) if row]
-        shown = [{key: row.get(key) for key in ("step", *(self._columns or row))} for row in rows]
+        shown = [{key: row.get(key) for key in ("step", *self._columns)} for row in rows]
         write_text(self._output / "scores.json", json.dumps(shown, indent=1) + "\n")
 
     @property
