@@ -1,7 +1,8 @@
 """Score a prediction file against a gold file: ``python -m malpyeong.evaluate GOLD PRED``."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE
@@ -9,13 +10,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from malpyeong.contest.records import QUESTION_TYPES, load_records
+from malpyeong.contest.records import QUESTION_TYPES, Record, load_records
 from malpyeong.errors import printable
 from malpyeong.metrics.aggregate import AVERAGES, RecordScore, compare, confidence, score_records, summarise
 from malpyeong.metrics.ceiling import ceiling
 from malpyeong.metrics.inputs import load_answers, load_categories, scoring_options
 from malpyeong.metrics.scorers import load_scorers
+from malpyeong.tasks import grammar
+from malpyeong.tasks.task import Task, grammar_only, load, task_of
 from malpyeong.terminal import Command, json_text
+
+if TYPE_CHECKING:
+    from malpyeong.metrics.pairs import PairScorer
 
 _COLUMNS = {
     "exact_match": "EM",
@@ -88,14 +94,27 @@ def main(
     as_json: bool,
     worst: int,
 ) -> None:
-    """Score PRED against GOLD as the contest does (2025 rules).
+    """Score PRED against GOLD as the contest of its task does (grammar: 2025 rules).
 
     Both are contest files (JSON list or JSONL) with the same ids in the same order. BERTScore and BLEURT need
     models; where one is not on this machine the report is given without it and says so.
     """
     categories = load_categories(labels) if labels else None
     # Defects of the files first: models take long to load.
-    golds, answers = load_answers(gold, prediction)
+    golds, answers = load_answers(gold, prediction, load)
+    if (task := task_of(golds[0])) is not grammar:
+        grammar_only(task, {"--labels": labels, "--against": against})
+        neural = [name for name in ("bertscore", "bleurt") if name in metrics and name in task.REWARDS]
+        known, scorers = load_scorers(neural, bertscore_model, bleurt_model, device)
+        other = _summary_of(task, golds, answers, scorers)
+        other["left_out"] = sorted({*neural} - {*known})
+        if as_json:
+            click.echo(json_text(other))
+        else:
+            Console().print(f"contest score of the task {task.NAME}:", _table_of(other))
+            if "final" not in other:
+                Console().print(f"score: {task.STAND_IN}")
+        return
     others = load_answers(gold, against)[1] if against else []
     computed, scorers = load_scorers(metrics, bertscore_model, bleurt_model, device)
     scores = score_records(golds, answers, computed, scorers)
@@ -130,6 +149,28 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     interval = summary["confidence_95"]
     for place, title in enumerate(("95 % from", "     to")):
         table.add_row(title, "", *(f"{interval[key][place]:.3f}" if key in interval else "" for key in shown))
+    return table
+
+
+def _summary_of(
+    task: Task, golds: list[Record], answers: list[str], scorers: Mapping[str, "PairScorer"]
+) -> dict[str, Any]:
+    """Return what another task than grammar scores."""
+    kinds = [record.question_type for record in golds]
+    problems = [task.format_problem(kind, answer) for kind, answer in zip(kinds, answers, strict=True)]
+    return {
+        "task": task.NAME,
+        "records": len(golds),
+        **task.scores(golds, answers, scorers),
+        "format_rate": problems.count(None) / len(golds),
+    }
+
+
+def _table_of(summary: dict[str, Any]) -> Table:
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, show_header=False)
+    for key, value in summary.items():
+        if isinstance(value, int | float):
+            table.add_row(_COLUMNS.get(key, key), _cell(value))
     return table
 
 

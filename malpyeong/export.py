@@ -14,10 +14,11 @@ from typing import Any
 
 import click
 
-from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.records import Record
 from malpyeong.errors import InputError, counted
 from malpyeong.files import digest, new_folder, write_text
 from malpyeong.samples import DATA
+from malpyeong.tasks.task import load
 from malpyeong.terminal import Command
 
 # What counts as the same model. In float32 only the order of sums differs. A merge in 16 bits rounds every weight
@@ -222,7 +223,7 @@ def main(
     """Merge ADAPTER into its base model and write the model folder, checked."""
     from malpyeong.models.memory import out_of_memory
 
-    records = load_records(check)[:check_records]
+    records = load(check)[:check_records]
     cure = "merge on the CPU (CUDA_VISIBLE_DEVICES= before the command), or predict without: --adapter, --load-in-4bit"
     with out_of_memory(cure):
         parity = export(adapter, output, base, dtype, dequantised, check=records)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from malpyeong.contest.answer import format_problem
-from malpyeong.contest.records import Record, load_records, write_records
+from malpyeong.contest.records import Record, write_records
 from malpyeong.decoding.answers import predict, repaired
 from malpyeong.decoding.vote import ReasonScore, rouge_score
 from malpyeong.errors import InputError, counted
@@ -23,6 +22,8 @@ from malpyeong.files import PartFile, check_writable, digest, write_text
 from malpyeong.prompts.context import NO_CONTEXT, Context, load_contexts
 from malpyeong.prompts.messages import Prompt, fit_prompts, left_out
 from malpyeong.prompts.rule_choice import split_choice
+from malpyeong.tasks import grammar
+from malpyeong.tasks.task import grammar_only, load, task_of
 from malpyeong.terminal import Command
 
 if TYPE_CHECKING:
@@ -120,10 +121,9 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
 @click.option(
     "--decoding",
     "decoding_name",
-    default="constrained",
-    show_default=True,
     type=click.Choice(["constrained", "free"]),
-    help="constrained: well-formed answers, and one of the options where a question offers some.",
+    help="constrained: well-formed answers, and one of the options where a question offers some. Default: constrained "
+    "for grammar, which alone has it, else free.",
 )
 @click.option(
     "--samples",
@@ -159,7 +159,7 @@ def main(
     max_new_tokens: int,
     dtype: str,
     load_in_4bit: bool,
-    decoding_name: str,
+    decoding_name: str | None,
     samples: int,
     temperature: float,
     seed: int,
@@ -174,7 +174,10 @@ def main(
 
     A run that was killed resumes where it stopped when the same command is given again.
     """
-    records = load_records(questions)
+    records = load(questions)
+    task = task_of(records[0])
+    constrained, voted = decoding_name == "constrained", samples > 1
+    grammar_only(task, {"--decoding constrained": constrained, "--samples": voted, "--context": context})
     if choose_rule and not context:
         raise InputError("--choose needs --context, the rules to choose among")
     contexts = load_contexts(context, records, choose_rule) if context else [NO_CONTEXT] * len(records)
@@ -189,7 +192,7 @@ def main(
 
     if samples > 1:
         load_dictionary()
-    decoding = Decoding(decoding_name == "constrained", samples, temperature, seed, max_new_tokens)
+    decoding = Decoding(decoding_name != "free" and task is grammar, samples, temperature, seed, max_new_tokens)
     tokenizer = tokenizer_for_prediction(model, adapter)
     prompts = fitted(tokenizer, records, contexts, max_new_tokens)
     made_of = {
@@ -232,13 +235,13 @@ def main(
         write_text(choices, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in named))
         click.echo(f"{choices}: {sum(row['rule'] is not None for row in named)} of {len(named)} answers name a rule")
     answered = [record.with_answer(answers[record.id]) for record in records]
-    if not no_repair:
+    if not no_repair and task is grammar:
         answered, counts = repaired(answered)
         for kind, count in counts.most_common():
             click.echo(f"repaired: {kind}: {count}")
     write_records(output, answered)
     part.remove()
-    well_formed = sum(format_problem(record.answer or "") is None for record in answered)
+    well_formed = sum(task.format_problem(record.question_type, record.answer or "") is None for record in answered)
     click.echo(f"{output}: {counted(len(records), 'answer')}, {well_formed} well formed; {seconds:.1f} s after loading")
 
 

@@ -11,10 +11,12 @@ import click
 from malpyeong.contest.answer import FormatProblem, contest_split, format_problem, parse_answer, quote
 from malpyeong.contest.particles import subject_particle
 from malpyeong.contest.question import options, read_record
-from malpyeong.contest.records import Record, check_same_questions, load_records, write_records
+from malpyeong.contest.records import Record, check_same_questions, write_records
 from malpyeong.contest.repair import restore_jamo
 from malpyeong.errors import InputError, counted, printable
 from malpyeong.files import check_writable
+from malpyeong.tasks import grammar
+from malpyeong.tasks.task import load, task_of
 from malpyeong.terminal import Command
 
 _CURLY_QUOTES = re.compile("[“”‘’]")
@@ -26,7 +28,9 @@ _ALIKE = 0.6
 
 def problems(record: Record) -> list[str]:
     """Return what would lose points, or looks damaged, in one predicted answer."""
-    answer = record.answer or ""
+    answer, task = record.answer or "", task_of(record)
+    if task is not grammar:
+        return [str(problem)] if (problem := task.format_problem(record.question_type, answer)) else []
     if not answer.strip():
         return [str(FormatProblem.EMPTY)]
     lines = []
@@ -52,7 +56,9 @@ def problems(record: Record) -> list[str]:
 
 
 def warnings(record: Record) -> list[str]:
-    """Return what is unusual in one predicted answer: it may be right, and deserves a look."""
+    """Return what is unusual in one predicted answer of grammar: it may be right, and deserves a look."""
+    if task_of(record) is not grammar:
+        return []
     answer, question = parse_answer(record.answer or ""), read_record(record)
     quoted = quote(answer.sentences, answer.joiner)
     unusual = []
@@ -118,8 +124,8 @@ def main(test: Path, prediction: Path, output: Path, strict: bool) -> None:
     if output.suffix.lower() not in (".json", ".jsonl"):
         raise InputError(f"{output}: name a .json or .jsonl file")
     check_writable(output, test, prediction)
-    questions = load_records(test)
-    answers = load_records(prediction, answers="prediction")
+    questions = load(test)
+    answers = load(prediction, answers="prediction")
     check_same_questions(questions, answers, test, prediction)
     submission = make_submission(questions, answers)
     defects = [(record.id, problem) for record in submission for problem in problems(record)]

@@ -39,7 +39,7 @@ from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.data import grpo_dataset, load_questions, load_train, with_prompt_data
 from malpyeong.training.preview import preview
-from malpyeong.training.rewards import RewardRun, load_functions, load_models
+from malpyeong.training.rewards import RewardRun, functions_of, load_models
 from malpyeong.training.run import open_run
 from malpyeong.training.session import announce_compilation, precision, recorded, trackers
 
@@ -133,7 +133,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     recipe = load_recipe(recipe_file, overrides, GRPORecipe)
     model_block, training, weights = recipe.model, recipe.training, recipe.data.rewards
     questions = with_prompt_data(load_train(recipe.data), recipe.data)
-    own_rewards = load_functions(recipe.data.own_rewards)
+    functions = functions_of(questions.task, recipe.data)
     if dry_run:
         click.echo("\n".join(preview(recipe, questions)))
         return
@@ -156,7 +156,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     models = load_models(recipe.data.scorer_models, recipe.data.scorers)
     for name, scorer in models.items():
         click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
-    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std, own_rewards)
+    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std, functions)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
     prompts = training.generations * training.groups
     order = training.seed if training.shuffle else None

@@ -41,6 +41,7 @@ from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import load_for_prediction
 from malpyeong.models.memory import out_of_memory
 from malpyeong.prompts.rule_choice import split_choice
+from malpyeong.tasks.task import grammar_only
 from malpyeong.terminal import Command
 from malpyeong.training.data import Questions, grpo_prompts, load_train, sft_dataset, with_prompt_data
 from malpyeong.training.run import inputs_of
@@ -133,6 +134,7 @@ def main(
     block, data = recipe.model, recipe.data
     questions = with_prompt_data(load_train(data), data)
     records = questions.records
+    grammar_only(questions.task, {"--pass-rate": band})
     check_adapter(block.adapter)
     check_writable(output, data.train, data.context, data.labels)
     cure = "a smaller model" if block.load_in_4bit else "model.load_in_4bit=true or a smaller model"

@@ -22,6 +22,10 @@ REWARD_MODELS: dict[str, tuple[str, ...]] = {
     "bleurt": ("bleurt",),
     "official": ("bertscore", "bleurt"),
     "choice": (),
+    # Of other tasks (malpyeong/tasks) alone.
+    "accuracy": (),
+    "average_score": (),
+    "area_scores": (),
 }
 # A reward of one's own: FILE.py:FUNCTION.
 OWN_REWARD = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
@@ -154,9 +158,15 @@ class ScorersBlock(Block):
 
 class GRPOData(TrainingData):
     """Files of the GRPO stage and the weight of each reward: one of ``malpyeong.training.rewards``, or a function of
-    one's own as ``my_rewards.py:shortness``."""
+    one's own as ``my_rewards.py:shortness``. A weight of ``null`` takes out a reward that an earlier file names."""
 
-    rewards: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    rewards: Annotated[
+        dict[str, Annotated[float, Field(ge=0)]],
+        Field(min_length=1),
+        BeforeValidator(
+            lambda value: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        ),
+    ]
     scorers: ScorersBlock | None = None
 
     @property

@@ -4,7 +4,7 @@ Questions are compared without white space, whatever their ids are.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from malpyeong.contest.answer import format_problem
 from malpyeong.contest.records import Record
@@ -19,10 +19,13 @@ def shared_questions(records: Sequence[Record], others: Sequence[Record]) -> lis
     return [record for record in records if _squeezed(record.question) in questions]
 
 
-def answer_problems(records: Sequence[Record]) -> Iterator[str]:
+def answer_problems(
+    records: Sequence[Record],
+    problem_of: Callable[[Record], object | None] = lambda record: format_problem(record.answer or ""),
+) -> Iterator[str]:
     """Yield a line for questions with different answers, and one for answers out of form, with the first ids.
 
-    Records without an answer are passed over.
+    Records without an answer are passed over. ``problem_of`` returns what is wrong with the form of one.
     """
     answers: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
@@ -32,7 +35,7 @@ def answer_problems(records: Sequence[Record]) -> Iterator[str]:
     if twice:
         shown = ids([record for records_of_one in twice for record in records_of_one])
         yield f"{len(twice)} questions stand there with different answers ({shown})"
-    odd = [(record, problem) for record in records if record.answer and (problem := format_problem(record.answer))]
+    odd = [(record, problem) for record in records if record.answer and (problem := problem_of(record))]
     if odd:
         shown = ids([record for record, _ in odd])
         yield f"{len(odd)} answers are not in the contest's form ({shown}; the first: {odd[0][1]})"

@@ -8,7 +8,7 @@ has no ``output``. Text is never normalised: what comes in goes out, character b
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +18,7 @@ from malpyeong.errors import InputError, printable
 from malpyeong.files import read_text, write_text
 
 QUESTION_TYPES = ("선택형", "교정형")
+_OF_OTHER_TASKS = ("선다형", "단답형", "서술형")  # malpyeong.tasks reads those
 MAX_TEXT_CHARS = 1_000_000
 
 _BROKEN = re.compile("[\0\ud800-\udfff]")
@@ -67,13 +68,16 @@ class Record:
         return body
 
 
-def load_records(path: str | Path, answers: Answers = "none") -> list[Record]:
+def load_records(
+    path: str | Path, answers: Answers = "none", read: Callable[[str, Any, Answers], Record] | None = None
+) -> list[Record]:
     """Read and check a contest file.
 
     Args:
         path: a JSON list or JSONL file (told apart by content, not by name).
         answers: ``gold`` wants a non-empty answer in every record; ``prediction`` wants an answer that may be
             empty; ``none`` takes records with or without one.
+        read: :func:`record_from_json`, or what reads records of other tasks than grammar.
 
     Raises:
         InputError: the file cannot be read or any record is defective; names file, record and cure.
@@ -82,7 +86,7 @@ def load_records(path: str | Path, answers: Answers = "none") -> list[Record]:
     records: list[Record] = []
     seen: dict[str, str] = {}
     for where, item in _json_objects(path, read_text(path, "a JSON list of records or JSONL")):
-        record = record_from_json(f"{path}: {where}", item, answers)
+        record = (read or record_from_json)(f"{path}: {where}", item, answers)
         if record.id in seen:
             raise InputError(f'{path}: {where}: id "{record.id}" is already used by {seen[record.id]}; make ids unique')
         seen[record.id] = where
@@ -107,10 +111,17 @@ def check_same_questions(
     """Make sure that two files hold the same ids in the same order, as the contest's scorer demands.
 
     Raises:
-        InputError: names the first id that is missing, unexpected or out of place.
+        InputError: names the first id that is missing, unexpected or out of place, or is a question of another task.
     """
     expected, ids = [record.id for record in gold], [record.id for record in predictions]
     if expected == ids:
+        for one, other in zip(gold, predictions, strict=True):
+            types = {one.question_type, other.question_type}
+            if len(types) > 1 and not types <= {*QUESTION_TYPES}:
+                raise InputError(
+                    f'{path}: id "{one.id}" is a {other.question_type}, and in {gold_path} a {one.question_type}; '
+                    "is this the prediction of another file?"
+                )
         return
     missing = [id_ for id_ in expected if id_ not in set(ids)]
     unknown = [id_ for id_ in ids if id_ not in set(expected)]
@@ -194,8 +205,13 @@ def text_by_id(path: Path, values: Mapping[str, Any], key: str, expected: str) -
     return texts
 
 
-def record_from_json(where: str, item: Any, answers: Answers) -> Record:  # noqa: ANN401 -- JSON is Any
-    """Check one JSON object of a contest file; see :func:`load_records`.
+def record_from_json(
+    where: str,
+    item: Any,  # noqa: ANN401 -- JSON is Any
+    answers: Answers,
+    types: tuple[str, ...] = QUESTION_TYPES,
+) -> Record:
+    """Check one JSON object of a contest file, a question of one of some ``types``; see :func:`load_records`.
 
     Raises:
         InputError: begins with ``where`` and names the defect.
@@ -212,12 +228,15 @@ def record_from_json(where: str, item: Any, answers: Answers) -> Record:  # noqa
         raise InputError(f'{where}: "id" is empty; give every record an id')
     _check_text(where, "id", id_)
     where = f'{where} (id "{_short(id_)}")'
+    if "input" not in item and "essay" in item:
+        raise InputError(f"{where}: is an essay of another task; this is only for the task grammar")
     body = _field(where, item, "input", dict, "an object")
     question_type = _field(where, body, "question_type", str, "a string", "input.")
     check_composed(where, "input.question_type", question_type)
-    if question_type not in QUESTION_TYPES:
+    if question_type not in types:
+        other = " (it is of another task; this is only for grammar)" if question_type in _OF_OTHER_TASKS else ""
         raise InputError(
-            f'{where}: input.question_type is "{_short(question_type)}"; expected {" or ".join(QUESTION_TYPES)}'
+            f'{where}: input.question_type is "{_short(question_type)}"; expected {" or ".join(types)}{other}'
         )
     question = _field(where, body, "question", str, "a string", "input.")
     if not question.strip():

@@ -18,13 +18,14 @@ import numpy as np
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from malpyeong.contest.answer import contest_split, format_problem
+from malpyeong.contest.answer import contest_split
 from malpyeong.decoding.answers import predict, repaired
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.files import write_text
-from malpyeong.metrics.aggregate import METRICS, combined_score, score_records, summarise
+from malpyeong.metrics.aggregate import METRICS
 from malpyeong.prompts.messages import fit_prompts, left_out
 from malpyeong.prompts.rule_choice import split_choice
+from malpyeong.tasks import grammar
 from malpyeong.training.data import Questions
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ class DevScores(TrainerCallback):
         if (output / "scores.json").exists():  # of a run that is resumed
             first = json.loads((output / "scores.json").read_text("utf-8"))[:1]
             self._start = next((row for row in first if row["step"] == 0), {})
-        self._tagged = questions.mode == "choose_rule"
-        self._metrics = ["em", "rouge1", *(name for name in ("bertscore", "bleurt") if name in scorers)]
+        self._tagged, self._task = questions.mode == "choose_rule", questions.task
+        self._columns: tuple[str, ...] = COLUMNS  # of grammar; of another task, what it scores
 
     def score_start(self, model: Any) -> None:  # noqa: ANN401 -- a PeftModel
         """Score the model before the first step of a run."""
@@ -97,16 +98,17 @@ class DevScores(TrainerCallback):
         if self._tagged:
             answers = {row: split_choice(answer)[1] for row, answer in answers.items()}
         given = [record.with_answer(answers[row]) for row, record in enumerate(self._records)]
-        mended = [record.answer or "" for record in repaired(given)[0]]
-        summary = summarise(score_records(self._records, mended, self._metrics, self._scorers), self._metrics)
-        reasons = [len(contest_split(record.answer or "")[1]) for record in given]
-        well_formed = sum(format_problem(record.answer or "") is None for record in given)
-        row = {key: summary[key] for key in METRICS.values() if summary[key] is not None}
-        if summary["final_score"] is not None:
-            row["final"] = summary["final_score"]
-        row |= {"format_rate": well_formed / len(given), "reason_median_chars": float(median(reasons))}
-        row["score"] = row.get("final", combined_score(row["exact_match"], [row["rouge_1"]]))
-        return row
+        final = repaired(given)[0] if self._task is grammar else given
+        row = self._task.scores(self._records, [record.answer or "" for record in final], self._scorers)
+        score = row.pop("score")
+        problems = [self._task.format_problem(record.question_type, record.answer or "") for record in given]
+        row["format_rate"] = problems.count(None) / len(given)
+        if self._task is grammar:
+            reasons = [len(contest_split(record.answer or "")[1]) for record in given]
+            row["reason_median_chars"] = float(median(reasons))
+        else:
+            self._columns = (*row, "score")
+        return {**row, "score": score}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Let the last step be scored too."""
@@ -126,13 +128,13 @@ class DevScores(TrainerCallback):
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         rows = [row for row in (self._start, *rows) if row]
-        shown = [{key: row.get(key) for key in ("step", *COLUMNS)} for row in rows]
+        shown = [{key: row.get(key) for key in ("step", *self._columns)} for row in rows]
         write_text(self._output / "scores.json", json.dumps(shown, indent=1) + "\n")
 
     @property
     def name(self) -> str:
         """What the score is."""
-        return "final score" if {"bertscore", "bleurt"} <= self._scorers.keys() else "mean of EM and ROUGE-1"
+        return "final score" if {"bertscore", "bleurt"} <= self._scorers.keys() else self._task.STAND_IN
 
     def line(self, state: Any) -> str:  # noqa: ANN401 -- a TrainerState
         """Return one line that says which adapter is kept."""

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from malpyeong.contest.records import Record, check_same_questions, load_records, parse_json, text_by_id
+from malpyeong.contest.records import Answers, Record, check_same_questions, load_records, parse_json, text_by_id
 from malpyeong.errors import InputError
 from malpyeong.files import read_text
 from malpyeong.metrics.aggregate import METRICS
@@ -14,14 +14,16 @@ from malpyeong.metrics.aggregate import METRICS
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def load_answers(gold: Path, prediction: Path) -> tuple[list[Record], list[str]]:
-    """Load gold records and the answers predicted for them.
+def load_answers(
+    gold: Path, prediction: Path, load: Callable[[Path, Answers], list[Record]] = load_records
+) -> tuple[list[Record], list[str]]:
+    """Load gold records and the answers predicted for them, of the task that ``load`` reads.
 
     Raises:
         InputError: a file is defective or the ids or their order differ.
     """
-    golds = load_records(gold, answers="gold")
-    predictions = load_records(prediction, answers="prediction")
+    golds = load(gold, "gold")
+    predictions = load(prediction, "prediction")
     check_same_questions(golds, predictions, gold, prediction)
     return golds, [record.answer or "" for record in predictions]
 

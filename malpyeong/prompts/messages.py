@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from malpyeong.contest.answer import INSTRUCTION
 from malpyeong.contest.records import Record
 from malpyeong.contest.rulebook import Rule
 from malpyeong.prompts import rule_choice as choice
 from malpyeong.prompts.context import NO_CONTEXT, Context
+from malpyeong.tasks.task import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,16 +28,16 @@ def build_messages(
     Rules and solved examples stand before the question, in their order; without any, the prompt is the question alone.
     ``choose`` asks to name one of the rules first (see ``malpyeong.prompts.rule_choice``).
     """
-    parts = []
+    parts, task = [], task_of(record)
     if rules:
         shown = [f"{number}. {rule.id}\n{rule.full_text}" for number, rule in enumerate(rules, 1)]
         parts.append("\n\n".join([choice.HEADING if choose else "[참고 규범]", *shown]))
     if examples:
-        shown = [f"질문: {_question(example)}\n답: {example.answer}" for example in examples]
+        shown = [f"질문: {task.question(example)}\n답: {example.answer}" for example in examples]
         parts.append("\n\n".join(["[풀이 예시]", *shown]))
-    question = _question(record)
+    instruction, question = task.instruction(record), task.question(record)
     return [
-        {"role": "system", "content": f"{INSTRUCTION} {choice.INSTRUCTION}" if choose else INSTRUCTION},
+        {"role": "system", "content": f"{instruction} {choice.INSTRUCTION}" if choose else instruction},
         {"role": "user", "content": "\n\n".join([*parts, f"[질문]\n{question}"]) if parts else question},
     ]
 
@@ -105,10 +105,6 @@ def left_out(contexts: Sequence[Context], prompts: Sequence[Prompt], limit: str)
         f"{sum(dropped)} of {sum(map(len, contexts))} rules and examples do not fit {limit} and are left out, the "
         f"lowest-ranked of {sum(map(bool, dropped))} of {len(contexts)} questions"
     )
-
-
-def _question(record: Record) -> str:
-    return f"[{record.question_type}] {record.question}"
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> list[int]:

@@ -9,11 +9,12 @@ import click
 
 from malpyeong.config.recipe import Mode, PromptData, TrainingData
 from malpyeong.contest.leaks import shared_questions
-from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.records import Record
 from malpyeong.errors import InputError, counted, printable
 from malpyeong.prompts.context import Context, load_contexts
 from malpyeong.prompts.messages import Prompt, completion_ids, fit_prompts, left_out
 from malpyeong.prompts.rule_choice import NONE, Labels, is_readable, load_labels, tag
+from malpyeong.tasks.task import Task, grammar_only, load, task_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,11 +42,16 @@ class Questions:
         """What belongs to each record's prompt: its context, or none at all."""
         return self.contexts or [Context(choose=self.mode == "recall_rule")] * len(self.records)
 
+    @property
+    def task(self) -> Task:
+        """What the records are of."""
+        return task_of(self.records[0])
+
     def answer_lengths(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Return the tokens of each gold answer, with the longest tag that may stand before it, or of a tag alone."""
         if self.mode == "recall_rule":
             return [len(completion_ids(tokenizer, tag(one.best_of_all or NONE))) - 1 for one in self.labels]
-        lengths = [len(completion_ids(tokenizer, record.answer or "")) for record in self.records]
+        lengths = [len(completion_ids(tokenizer, self.task.target(record))) for record in self.records]
         if self.mode == "choose_rule":
             names = {NONE, *(rule.id for context in self.contexts for rule in context.rules)}
             tokens = {name: len(completion_ids(tokenizer, tag(name))) - 1 for name in names}
@@ -60,9 +66,9 @@ def load_train(data: TrainingData) -> list[Record]:
     Raises:
         InputError: a file is defective, or no question is left.
     """
-    records = load_records(data.train, answers="gold")
+    records = load(data.train, answers="gold")
     if data.drop_leaks and data.dev:
-        leaked = {record.id for record in shared_questions(records, load_records(data.dev))}
+        leaked = {record.id for record in shared_questions(records, load(data.dev))}
         records = [record for record in records if record.id not in leaked]
         if not records:
             raise InputError(f"{data.train}: every question is in {data.dev} too; name another data.train or data.dev")
@@ -71,7 +77,7 @@ def load_train(data: TrainingData) -> list[Record]:
 
 def load_questions(path: str, data: PromptData) -> Questions:
     """Read a file of questions; see :func:`with_prompt_data`."""
-    return with_prompt_data(load_records(path, answers="gold"), data)
+    return with_prompt_data(load(path, answers="gold"), data)
 
 
 def with_prompt_data(records: Sequence[Record], data: PromptData) -> Questions:
@@ -80,6 +86,7 @@ def with_prompt_data(records: Sequence[Record], data: PromptData) -> Questions:
     Raises:
         InputError: a file is defective, or has nothing for one of the records.
     """
+    grammar_only(task_of(records[0]), {f"data.mode={data.mode}": data.mode != "plain"})
     contexts = load_contexts(data.context, records, choose=data.mode == "choose_rule") if data.context else []
     if data.labels is None:
         return Questions(records, data.mode, contexts)
@@ -107,7 +114,7 @@ def sft_dataset(tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_
     """
     from datasets import Dataset
 
-    records, answers = questions.records, [record.answer or "" for record in questions.records]
+    records, answers = questions.records, [questions.task.target(record) for record in questions.records]
     prompts = _prompts(tokenizer, questions, [max_length - length for length in questions.answer_lengths(tokenizer)])
     if questions.mode == "recall_rule":
         answers = [tag(labels.best_of_all or NONE) for labels in questions.labels]
@@ -132,8 +139,9 @@ def grpo_dataset(
     prompts: int,
     seed: int | None,
 ) -> "Dataset":
-    """Return ``prompt`` (chat messages), ``reference`` (the gold answer) and ``record_id``, in training order; where
-    the model chooses, also ``candidates`` and ``gains``: the rules of the prompt and how much each helps.
+    """Return ``prompt`` (chat messages), ``reference`` (the gold answer), ``record_id`` and ``question_type``, in
+    training order; where the model chooses, also ``candidates`` and ``gains``: the prompt's rules and how much each
+    helps.
 
     The order is drawn here for the whole run, pass after pass over the records, because TRL's sampler starts its first
     pass again when a run is resumed in a later one.
@@ -154,7 +162,12 @@ def grpo_dataset(
     records = questions.records
     asked = grpo_prompts(tokenizer, questions, max_length, max_completion_length)
     rows: list[dict[str, Any]] = [
-        {"prompt": prompt.messages, "reference": record.answer, "record_id": record.id}
+        {
+            "prompt": prompt.messages,
+            "reference": record.answer,
+            "record_id": record.id,
+            "question_type": record.question_type,
+        }
         for prompt, record in zip(asked, records, strict=True)
     ]
     if questions.mode == "choose_rule":

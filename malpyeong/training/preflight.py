@@ -18,7 +18,7 @@ import click
 from malpyeong.config.gpu import USABLE_GIB, nearest
 from malpyeong.config.recipe import GRPORecipe, GRPOTraining, SFTRecipe
 from malpyeong.contest.leaks import answer_problems, ids, shared_questions
-from malpyeong.contest.records import Record, load_records
+from malpyeong.contest.records import Record
 from malpyeong.errors import InputError, counted
 from malpyeong.models.environment import version_problems
 from malpyeong.models.memory import (
@@ -33,6 +33,7 @@ from malpyeong.models.memory import (
     with_values,
 )
 from malpyeong.prompts.context import NO_CONTEXT, Context
+from malpyeong.tasks.task import gold_problem, load, task_of
 from malpyeong.training.data import (
     Questions,
     check_lengths,
@@ -111,7 +112,7 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
     records = load_train(recipe.data)
     train = len(records)
     if isinstance(recipe, SFTRecipe):
-        records += load_records(recipe.data.dev, answers="gold")
+        records += load(recipe.data.dev, answers="gold")
     yield from _data(recipe)
     yield from _batches(recipe, len(records))
     yield from _warm_up(recipe, train)
@@ -169,7 +170,10 @@ def _card(recipe: AnyRecipe) -> Iterator[Finding]:
 
 def _data(recipe: AnyRecipe) -> Iterator[Finding]:
     data = recipe.data
-    splits = {name: load_records(path) for name in ("train", "dev", "test") if (path := getattr(data, name))}
+    splits = {name: load(path) for name in ("train", "dev", "test") if (path := getattr(data, name))}
+    tasks = {name: task_of(records[0]).NAME for name, records in splits.items()}
+    if len({*tasks.values()}) > 1:
+        raise InputError(", ".join(f"data.{name} is of the task {task}" for name, task in tasks.items()))
     problems = []
     for (name, records), (other_name, others) in itertools.combinations(splits.items(), 2):
         shared = shared_questions(records, others)
@@ -182,7 +186,7 @@ def _data(recipe: AnyRecipe) -> Iterator[Finding]:
             else:
                 problems.append(Finding("warning", text, "leave them out with --drop-leaks"))
     for name, records in splits.items():
-        problems += [Finding("warning", f"data.{name}: {problem}") for problem in answer_problems(records)]
+        problems += [Finding("warning", f"data.{name}: {one}") for one in answer_problems(records, gold_problem)]
     yield from problems or [
         Finding("ok", f"{', '.join(splits)}: no question stands in two files or with two answers, all answers in form")
     ]
@@ -493,7 +497,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
 
     from malpyeong.models.load import load_for_training
     from malpyeong.prompts.messages import fit_prompts
-    from malpyeong.training.rewards import RewardRun, load_functions, load_models
+    from malpyeong.training.rewards import RewardRun, functions_of, load_models
 
     training, weights = recipe.training, recipe.data.rewards
     questions = with_prompt_data(load_train(recipe.data), recipe.data)
@@ -504,7 +508,7 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
         training.num_generations,
         load_models(recipe.data.scorer_models, recipe.data.scorers),
         training.min_group_std,
-        load_functions(recipe.data.own_rewards),
+        functions_of(questions.task, recipe.data),
     )
     model, tokenizer = load_for_training(recipe.model, training.seed, training.gradient_checkpointing)
     if torch.cuda.is_available() and not recipe.model.load_in_4bit:  # 4-bit weights are there already
@@ -528,7 +532,12 @@ def examine_groups(recipe: GRPORecipe, backend: Backend, groups: int = 2) -> Ite
                 pad_token_id=tokenizer.pad_token_id,
             )
         texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        columns: dict[str, Any] = {"reference": [record.answer] * len(texts)}
+        columns: dict[str, Any] = {
+            "reference": [record.answer] * len(texts),
+            "record_id": [record.id] * len(texts),
+            "question_type": [record.question_type] * len(texts),
+            "prompts": [prompt.messages] * len(texts),
+        }
         if questions.mode == "choose_rule":
             columns["candidates"] = [[rule.id for rule in rules]] * len(texts)
             columns["gains"] = [questions.labels[place].of(rules)] * len(texts)

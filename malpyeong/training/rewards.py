@@ -20,9 +20,10 @@ from malpyeong.metrics.aggregate import final_scores
 from malpyeong.metrics.exact_match import exact_match as score_exact_match
 from malpyeong.metrics.rouge import rouge_1 as score_rouge_1
 from malpyeong.prompts.rule_choice import choice_reward, split_choice
+from malpyeong.tasks.task import Task
 
 if TYPE_CHECKING:
-    from malpyeong.config.recipe import ScorersBlock
+    from malpyeong.config.recipe import GRPOData, ScorersBlock
     from malpyeong.metrics.pairs import PairScorer
 
 Completion = str | list[dict[str, str]]
@@ -166,6 +167,31 @@ REWARDS: dict[str, RewardFunction] = {
     "official": official,
     "choice": choice,
 }
+
+
+def functions_of(task: Task, data: "GRPOData") -> dict[str, RewardFunction]:
+    """Return the functions of a task, and those of one's own that ``data.rewards`` names.
+
+    Raises:
+        InputError: it names a reward that the task does not have; or see :func:`load_functions`.
+    """
+    functions = {name: _of_texts(name, function) for name, function in task.REWARDS.items()} or REWARDS
+    own = load_functions(data.own_rewards)
+    for name in data.rewards:
+        if name not in functions and name not in own:
+            raise InputError(
+                f"data.rewards.{name}: no reward of the task {task.NAME}, which has {', '.join(functions)}; "
+                f"data.rewards.{name}=null takes it out"
+            )
+    return {**functions, **own}
+
+
+def _of_texts(name: str, function: RewardFunction) -> RewardFunction:
+    def call(completions: Sequence[Completion], **columns: Any) -> Rewards:  # noqa: ANN401
+        return function([completion_text(completion) for completion in completions], **columns)
+
+    call.__name__ = name  # as TRL logs it
+    return call
 
 
 def load_models(names: Sequence[str], scorers: "ScorersBlock | None") -> dict[str, "PairScorer"]:

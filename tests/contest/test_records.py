@@ -60,7 +60,7 @@ BROKEN = {
     "no input": (as_json({"id": "7"}), 'record 1 (id "7"): "input" is missing'),
     "input is a list": (as_json(record(input=[])), '"input" is a list'),
     "no question_type": (as_json(record(input={"question": "질문"})), '"input.question_type" is missing'),
-    "unknown question_type": (as_json(record(kind="서술형")), 'is "서술형"; expected 선택형 or 교정형'),
+    "unknown question_type": (as_json(record(kind="논술형")), 'is "논술형"; expected 선택형 or 교정형'),
     "no question": (as_json(record(input={"question_type": "선택형"})), '"input.question" is missing'),
     "question is null": (as_json(record(question=None)), '"input.question" is null'),
     "question is empty": (as_json(record(question="  ")), "input.question is empty"),
