@@ -171,7 +171,9 @@ class BatchEngine(ABC):
                 limit -= len(token_ids(self.tokenizer, named)) + len(ids)
                 limit, grammar = max(limit, MIN_CONSTRAINED_TOKENS // 2), self._format.grammar(verdict)
             seeds = [None, *(_seed(decoding.seed, record.id, sample) for sample in range(1, decoding.samples))]
-            requests += [Request(start + ids, limit, grammar, seed, decoding.temperature, watch=watch) for seed in seeds]
+            requests += [
+                Request(start + ids, limit, grammar, seed, decoding.temperature, watch=watch) for seed in seeds
+            ]
         completions = self.generate(requests)
         rows = [row for row in range(len(records)) for _ in range(decoding.samples)]
         if self._format:
