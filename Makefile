@@ -186,7 +186,9 @@ submit-%: $(STAMP)
 	$(RUN) -m malpyeong.submit "$(TEST)" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
 
 serve-%: $(STAMP)
-	$(RUN) -m malpyeong.serve "$(RUNS)/$*-merged" --examples "$(TRAIN)" $(if $(wildcard $(DATA)/rules.json),--rules "$(DATA)/rules.json") $(ARGS)
+	@set -- --examples "$(TRAIN)" $(if $(CHOICE),--choose --labels "$(LABELS)" --rules-k 5); \
+	test ! -e "$(DATA)/rules.json" || set -- "$$@" --rules "$(DATA)/rules.json"; \
+	$(RUN) -m malpyeong.serve "$(RUNS)/$*-merged" "$$@" $(ARGS)
 
 clean: ## remove the virtual environment and caches (runs/ stays)
 	rm -rf "$(VENV)" .pytest_cache .mypy_cache .ruff_cache .hypothesis
