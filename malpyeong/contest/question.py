@@ -37,7 +37,9 @@ _AMONG_WRONG = re.compile(r"않[는은]|틀린|잘못|어긋|어색|아닌")  # 
 _EITHER = re.compile(
     r"\s*(?P<one>[가-힣]{1,3})\((?P<other>[가-힣]{1,3})\)|\s*\((?P<optional>[으이])\)(?P<rest>[가-힣]+)"
 )
-_ABOUT_NORMS = re.compile(r"규범|맞춤법|띄어쓰기|띄어 쓰|표기|설명하|고르|고른|골라|고치|고쳐|올바른|옳은|맞는")
+_ABOUT_NORMS = re.compile(
+    r"규범|맞춤법|띄어쓰기|띄어 쓰|표기|설명하|틀린|틀렸|고르|고른|골라|고치|고쳐|올바른|옳은|맞는"
+)
 _SPACES = re.compile(r"[ \u00a0]{2,}")
 _SPACE_BEFORE_END = re.compile(r"[ \u00a0]+(?=[.?!,](?:[\"'”’]|\s|\Z))")
 
@@ -135,9 +137,9 @@ def asked(text: str) -> tuple[str, str]:
     for kind in ("선택형", "교정형"):
         if text.startswith(f"[{kind}]"):
             return kind, text.removeprefix(f"[{kind}]").strip()
-    sentences, _ = _sentences(text)
-    bare = sentences[0] if len(sentences) == 1 and len(sentences[0]) + 2 >= len(text) else " ".join(text.split())
-    if _ABOUT_NORMS.search(text) is None and (not sentences or bare in sentences):
+    if _ABOUT_NORMS.search(text) is None:
+        inner = _own_line(text)
+        bare = " ".join(text.split()) if not inner or '"' in inner else inner
         text = f'다음 문장에서 어문 규범에 부합하지 않는 부분을 찾아 고치고, 그 이유를 설명하세요.\n"{bare}"'
         if _GROUP.search(bare):
             text = f'"{bare}" 가운데 올바른 것을 선택하고, 그 이유를 설명하세요.'
