@@ -223,16 +223,15 @@ class Worker:
                 grammar = self._engine.json_grammar(chat.wanted_schema)
             except ValueError as error:
                 raise RefusalError(400, f"response_format: {printable(str(error))}", "response_format") from None
-        seed = (
-            None if temperature < MIN_TEMPERATURE else secrets.randbits(63) if chat.seed is None else chat.seed % 2**63
-        )
+        seed = secrets.randbits(63) if chat.seed is None else chat.seed % 2**63
+        drawn = seed if temperature >= MIN_TEMPERATURE else None
 
         def watch(ids: list[int]) -> bool:
             if len(ids) < limit:
                 writer.read(ids)
             return len(ids) >= limit or writer.stopped or job.dropped or self.closing
 
-        return Request(prompt, limit, grammar, seed, temperature, chat.top_p or 1.0, watch, chat.stops)
+        return Request(prompt, limit, grammar, drawn, temperature, chat.top_p or 1.0, watch, chat.stops)
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         """Answer grammar questions: our prompt and context, well-formed answers, repaired."""

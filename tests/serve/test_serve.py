@@ -216,6 +216,8 @@ def test_the_grammar_model_answers_as_predict_does(client, engine):
         ("오늘은 왠지 기분이 좋찮다.", "교정형", False),
         ('"오늘은 왠지 기분이 좋찮다."', "교정형", False),
         ("안녕하세요.\n다음에 뵈요.", "교정형", False),
+        ("비를 맞는 사람이 우산을 고치고 있다.", "교정형", False),
+        ('그는 "가자."라고 말했다.', "교정형", False),
         ("'되'와 '돼'는 어떻게 다른지 설명하세요.", "교정형", True),
     ],
 )
