@@ -38,7 +38,7 @@ _EITHER = re.compile(
     r"\s*(?P<one>[가-힣]{1,3})\((?P<other>[가-힣]{1,3})\)|\s*\((?P<optional>[으이])\)(?P<rest>[가-힣]+)"
 )
 _ABOUT_NORMS = re.compile(
-    r"규범|맞춤법|띄어쓰기|문장 부호|(올바른|옳은|맞는|틀린) (것|말|표기|문장)|(설명|선택)하[세시십]|(고르|고치)[세시십]|골라"
+    r"규범|맞춤법|띄어쓰기|부호|(올바른|옳은|맞는|틀린) (것|말|표기|문장)|(설명하|선택하|고르|고치)[세시십]|골라"
 )
 _SPACES = re.compile(r"[ \u00a0]{2,}")
 _SPACE_BEFORE_END = re.compile(r"[ \u00a0]+(?=[.?!,](?:[\"'”’]|\s|\Z))")
@@ -143,7 +143,7 @@ def asked(text: str) -> tuple[str, str]:
         text = f'다음 문장에서 어문 규범에 부합하지 않는 부분을 찾아 고치고, 그 이유를 설명하세요.\n"{bare}"'
         if _GROUP.search(bare):
             text = f'"{bare}" 가운데 올바른 것을 선택하고, 그 이유를 설명하세요.'
-    return "선택형" if _GROUP.search(text) else "교정형", text
+    return "선택형" if read_question(text).options else "교정형", text
 
 
 def differing(sentences: Sequence[Sequence[str]]) -> tuple[str, ...]:
