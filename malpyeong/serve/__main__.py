@@ -161,7 +161,7 @@ def main(
     with out_of_memory("serve a smaller model, or add --load-in-4bit"):
         loaded = load_engine(engine, model, adapter, dtype, load_in_4bit, decoding)
     worker = Worker(loaded, finder, choose, batch_size, max_length)
-    name = name or Path(model).resolve().name if Path(model).is_dir() else name or model.rpartition("/")[2]
+    name = name or Path(model).resolve().name
     app = make_app(worker, name, api_key, queue, timeout)
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"{name}: http://{shown}:{place.getsockname()[1]} ({type(loaded).__name__}); Ctrl-C ends it")

@@ -47,7 +47,7 @@ class Server:
 
     def check_key(self, request: Request) -> None:
         """Refuse a client that does not state the key."""
-        stated = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        stated = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         if self._key and not hmac.compare_digest(stated, self._key.encode()):
             raise RefusalError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
 
