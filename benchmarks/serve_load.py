@@ -39,6 +39,7 @@ async def storm(url: str, count: int, seconds: float) -> tuple[Counter[str], lis
         body = {
             "model": "tiny-grammar" if number % 3 == 0 else "tiny",
             "messages": [{"role": "user", "content": questions[number % len(questions)]}],
+            "max_tokens": 64,
             "stream": number % 5 == 0,
             **({"seed": number, "temperature": 1.0} if number % 7 == 0 else {}),
         }

@@ -60,11 +60,18 @@ def bind(host: str, port: int) -> socket.socket:
     return place
 
 
-def run(app: "FastAPI", worker: "Worker", place: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM; requests that are there then are refused, and the process ends with 0."""
+def run(app: "FastAPI", worker: "Worker", place: socket.socket, line: str) -> None:
+    """Serve until Ctrl-C or SIGTERM; requests that are there then are refused, and the process ends with 0.
+
+    ``line`` is printed as soon as clients are answered.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            click.echo(line)
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             worker.closing = True
             self.force_exit = self.should_exit and sig == signal.SIGINT
@@ -164,10 +171,10 @@ def main(
     name = name or Path(model).resolve().name
     app = make_app(worker, name, api_key, queue, timeout)
     shown = f"[{host}]" if ":" in host else host
-    click.echo(f"{name}: http://{shown}:{place.getsockname()[1]} ({type(loaded).__name__}); Ctrl-C ends it")
     if api_key is None and not host.startswith(("127.", "localhost", "::1")):
         click.echo("whoever reaches this address may use it: --api-key asks for a key", err=True)
-    run(app, worker, place)
+    line = f"{name}: http://{shown}:{place.getsockname()[1]} ({type(loaded).__name__}); Ctrl-C ends it"
+    run(app, worker, place, line)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def instructions():
 def build(root, arguments):
     """Run the steps with ``/app`` and ``/model`` below ``root``; return the command and its environment."""
     build_context = root / "context"
+    build_context.mkdir()
     ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     for name in (line[1:] for line in ignored if line.startswith("!") and "*" not in line):
         source = ROOT / name
