@@ -8,7 +8,7 @@ DATA   ?= data
 RUNS   ?= runs
 MODELS := tiny $(notdir $(basename $(wildcard recipes/models/*.yaml)))
 GPU_EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo ',gpu')
-EXTRAS := [rules,retrieval$(GPU_EXTRA)]
+EXTRAS := [rules,retrieval,serve$(GPU_EXTRA)]
 # The versions that were tested together; without them, other packages pull in several GB of another torch.
 LOCK   ?= $(if $(GPU_EXTRA),constraints/gpu.txt,requirements.lock)
 
@@ -28,6 +28,7 @@ help: ## list the targets
 	@echo "  make score-NAME    the adapter on dev: greedy, and what its own samples hold for GRPO to win"
 	@echo "  make export-NAME   merge the GRPO adapter into the 16-bit model   ARGS=anything else that the command takes,"
 	@echo "  make submit-NAME   answer test.json, write a checked submission     as training.max_steps=500 or --batch-size=4"
+	@echo "  make serve-NAME    the merged model over HTTP (OpenAI's API), and a page to ask on: http://127.0.0.1:8000"
 	@echo "  make hard-NAME     the questions that SFT knows least; to ask only those, grpo-NAME ARGS=data.train=RUNS/NAME-hard.json"
 	@echo "  make mine-NAME     which rules make the gold answers likelier: labels for NAME-choice, with DATA/rules.json"
 	@echo "  NAME: $(MODELS)"
@@ -46,9 +47,9 @@ setup-vllm: $(STAMP) ## add vLLM, for a GPU from the Ampere generation on
 # What pip would install beside the pins of pyproject.toml and these: torchvision, triton and vLLM go with one torch.
 RESOLVE = $(RUN) -m pip install --quiet --dry-run --ignore-installed --use-feature=fast-deps --report - --group dev --editable
 lock: $(STAMP) ## write requirements.lock and constraints/ again (downloads no large packages)
-	$(RESOLVE) ".[rules,retrieval]" torch==2.13.0 | $(RUN) tools/constraints.py lock requirements.lock
-	$(RESOLVE) ".[rules,retrieval,gpu]" torch==2.11.0 | $(RUN) tools/constraints.py lock constraints/gpu.txt
-	$(RESOLVE) ".[rules,retrieval,gpu,vllm]" torch==2.11.0 xgrammar==0.2.1 | $(RUN) tools/constraints.py lock constraints/gpu-vllm.txt
+	$(RESOLVE) ".[rules,retrieval,serve]" torch==2.13.0 | $(RUN) tools/constraints.py lock requirements.lock
+	$(RESOLVE) ".[rules,retrieval,serve,gpu]" torch==2.11.0 | $(RUN) tools/constraints.py lock constraints/gpu.txt
+	$(RESOLVE) ".[rules,retrieval,serve,gpu,vllm]" torch==2.11.0 xgrammar==0.2.1 | $(RUN) tools/constraints.py lock constraints/gpu-vllm.txt
 
 demo: $(STAMP) ## base → SFT → GRPO → merge → submission with the tiny model (10 minutes on two cores)
 	$(RUN) recipes/demo.py -o "$(RUNS)/demo"
@@ -183,6 +184,11 @@ submit-%: $(STAMP)
 	$(RUN) -m malpyeong.predict "$(RUNS)/$*-merged" "$(TEST)" -o "$(RUNS)/$*-test.json" \
 	  --context "$(FOUND)-test.jsonl" $(if $(CHOICE),--choose) $(ARGS)
 	$(RUN) -m malpyeong.submit "$(TEST)" "$(RUNS)/$*-test.json" -o "$(RUNS)/$*-submission.json"
+
+serve-%: $(STAMP)
+	@set -- --examples "$(TRAIN)" $(if $(CHOICE),--choose --labels "$(LABELS)" --rules-k 5); \
+	test ! -e "$(DATA)/rules.json" || set -- "$$@" --rules "$(DATA)/rules.json"; \
+	$(RUN) -m malpyeong.serve "$(RUNS)/$*-merged" "$$@" $(ARGS)
 
 clean: ## remove the virtual environment and caches (runs/ stays)
 	rm -rf "$(VENV)" .pytest_cache .mypy_cache .ruff_cache .hypothesis

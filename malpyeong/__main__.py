@@ -20,6 +20,7 @@ _COMMANDS = {
     "After training": {
         "export": "merge an adapter into its base model, checked",
         "predict": "answer the questions of a contest file",
+        "serve": "answer over HTTP (OpenAI's API), with a page to ask on",
         "submit": "write a submission file and check every answer",
     },
     "Looking at results": {
@@ -28,7 +29,7 @@ _COMMANDS = {
         "report": "one HTML page: a prediction's errors, or a training run",
     },
 }
-_MODULES = {"retrieval": "malpyeong.retrieval.__main__", "report": "malpyeong.report.__main__"}
+_MODULES = {name: f"malpyeong.{name}.__main__" for name in ("retrieval", "report", "serve")}
 _EPILOG = "Training: make sft-NAME, make grpo-NAME, or python recipes/sft.py --help (recipes/ is in the repository)."
 
 

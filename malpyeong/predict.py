@@ -29,8 +29,6 @@ from malpyeong.terminal import Command
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from malpyeong.decoding.engines import Decoding, Engine
-
 
 def model_digest(name: str) -> str:
     """Return the SHA-256 over a model or adapter folder's files, or the name of what is no folder here (a hub id)."""
@@ -62,25 +60,6 @@ def fitted(
     if line := left_out(contexts, prompts, f"{limit} with answers of {max_new_tokens}"):
         click.echo(f"{line}; a lower --max-new-tokens leaves them more room")
     return prompts
-
-
-def _engine(
-    name: str,
-    model: str,
-    adapter: str | None,
-    dtype: str,
-    load_in_4bit: bool,
-    decoding: "Decoding",
-) -> "Engine":
-    from malpyeong.decoding.engines import TransformersEngine, VLLMEngine
-
-    if name == "vllm":
-        if load_in_4bit:
-            raise InputError("--load-in-4bit goes with the transformers engine; leave one of the two out")
-        return VLLMEngine(model, adapter, dtype, decoding)
-    from malpyeong.models.load import load_for_prediction
-
-    return TransformersEngine(*load_for_prediction(model, adapter, dtype, load_in_4bit), decoding)
 
 
 def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
@@ -184,7 +163,7 @@ def main(
     check_writable(output, questions, context)
     from tqdm import tqdm
 
-    from malpyeong.decoding.engines import Decoding
+    from malpyeong.decoding.engines import Decoding, load_engine
     from malpyeong.metrics.rouge import load_dictionary
     from malpyeong.models.adapter import adapter_folder
     from malpyeong.models.load import tokenizer_for_prediction
@@ -217,7 +196,7 @@ def main(
             click.echo(f"resuming from {part.path}: {len(done)} of {len(records)} answers are there")
         smaller = "" if load_in_4bit else ", or add --load-in-4bit"
         with out_of_memory(f"lower --batch-size={batch_size}{smaller}; first remove {part.path}, if it is there"):
-            engine = _engine(engine_name, model, adapter, dtype, load_in_4bit, decoding)
+            engine = load_engine(engine_name, model, adapter, dtype, load_in_4bit, decoding)
             score = _score(bertscore_model, bleurt_model) if samples > 1 else rouge_score
             start = time.perf_counter()
             with tqdm(total=len(records), initial=len(done), desc="predict", unit="record") as bar:

@@ -37,6 +37,9 @@ _AMONG_WRONG = re.compile(r"않[는은]|틀린|잘못|어긋|어색|아닌")  # 
 _EITHER = re.compile(
     r"\s*(?P<one>[가-힣]{1,3})\((?P<other>[가-힣]{1,3})\)|\s*\((?P<optional>[으이])\)(?P<rest>[가-힣]+)"
 )
+_ABOUT_NORMS = re.compile(
+    r"규범|맞춤법|띄어쓰기|부호|(올바른|옳은|맞는|틀린) (것|말|표기|문장)|(설명하|선택하|고르|고치)[세시십]|골라"
+)
 _SPACES = re.compile(r"[ \u00a0]{2,}")
 _SPACE_BEFORE_END = re.compile(r"[ \u00a0]+(?=[.?!,](?:[\"'”’]|\s|\Z))")
 
@@ -123,6 +126,24 @@ def pick_verdict(verdicts: Sequence[str], scores: Sequence[float]) -> str:
     quoted = best.removesuffix("가 옳다.").removesuffix("이 옳다.")
     by_rule = f"{quoted}{subject_particle(quoted)} 옳다."
     return by_rule if score_of.get(by_rule, -math.inf) >= score_of[best] - PARTICLE_MARGIN else best
+
+
+def asked(text: str) -> tuple[str, str]:
+    """Return (question type, question) of what somebody typed: a question as it is, a bare sentence as one about it.
+
+    A sentence with alternatives in braces (``{되/돼}``) becomes a 선택형, any other one a 교정형.
+    """
+    text = text.strip()
+    for kind in ("선택형", "교정형"):
+        if text.startswith(f"[{kind}]"):
+            return kind, text.removeprefix(f"[{kind}]").strip()
+    if _ABOUT_NORMS.search(text) is None:
+        inner = _own_line(text)
+        bare = " ".join(text.split()) if not inner or '"' in inner else inner
+        text = f'다음 문장에서 어문 규범에 부합하지 않는 부분을 찾아 고치고, 그 이유를 설명하세요.\n"{bare}"'
+        if _GROUP.search(bare):
+            text = f'"{bare}" 가운데 올바른 것을 선택하고, 그 이유를 설명하세요.'
+    return "선택형" if read_question(text).options else "교정형", text
 
 
 def differing(sentences: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -5,9 +5,12 @@ back to where it can be closed: a sentence that takes up three quarters of the b
 reason is generated; a reason ends at its last whole sentence, or with a period.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from cachetools import LRUCache
 
 from malpyeong.contest.grammar import answer_grammar, reason_grammar
 
@@ -38,12 +41,12 @@ class AnswerFormat:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int], vocabulary: int = 0) -> None:
         import llguidance.hf
 
-        self._tokenizer = tokenizer
+        self._tokenizer, self.pad = tokenizer, tokenizer.pad_token_id  # which follows a row that was stopped
         self.ends = {tokenizer.eos_token_id, *ends}
         self.vocabulary = max(vocabulary, len(tokenizer))
         kind: Any = tokenizer
         self._tokens = llguidance.hf.from_tokenizer(kind, n_vocab=self.vocabulary)
-        self._compiled: dict[str, Any] = {}
+        self._compiled: LRUCache[str, Any] = LRUCache(256)
         self._closings = [token_ids(tokenizer, f'"{particle} 옳다.') for particle in ("가", "이")]
         # The second where there is no syllable yet, the third where there is nothing.
         self._endings = [token_ids(tokenizer, ending) for ending in (".", "다.", " 다.")]
@@ -53,7 +56,22 @@ class AnswerFormat:
 
         A grammar's own end is the tokenizer's eos token alone: in vLLM there is no other way to allow further ones.
         """
-        grammar = reason_grammar(verdict) if verdict else answer_grammar()
+        return self._with_ends(reason_grammar(verdict) if verdict else answer_grammar())
+
+    def json_grammar(self, schema: dict[str, Any]) -> str:
+        """Return the grammar of JSON without needless white space that keeps to a JSON schema.
+
+        Raises:
+            ValueError: it is not a schema, or one that cannot be kept to; says why.
+        """
+        from llguidance import LLMatcher
+
+        grammar = f"start: %json {json.dumps({**schema, 'x-guidance': {'whitespace_flexible': False}})}\n"
+        if problem := LLMatcher.validate_grammar(grammar, self._tokens):
+            raise ValueError(problem)
+        return self._with_ends(grammar)
+
+    def _with_ends(self, grammar: str) -> str:
         others = " | ".join(f"<[{token}]>" for token in sorted(self.ends - {self._tokenizer.eos_token_id}))
         return f"{grammar.replace('start:', 'answer:', 1)}start: answer ({others})?\n" if others else grammar
 
@@ -127,16 +145,16 @@ class GrammarMask:
 
     Args:
         answer_format: whose end tokens end a row.
-        grammars: of each row of the batch.
+        grammars: of each row of the batch; None lets everything through.
         prompt_length: tokens of the padded prompts, after which the answers begin.
     """
 
-    def __init__(self, answer_format: AnswerFormat, grammars: Sequence[str], prompt_length: int) -> None:
+    def __init__(self, answer_format: AnswerFormat, grammars: Sequence[str | None], prompt_length: int) -> None:
         from llguidance import LLExecutor
         from llguidance.numpy import allocate_token_bitmask
 
-        self._ends, self._start, self._executor = answer_format.ends, prompt_length, LLExecutor()
-        self._live = [(answer_format.matcher(grammar), row) for row, grammar in enumerate(grammars)]
+        self._ends, self._start, self._executor = answer_format.ends | {answer_format.pad}, prompt_length, LLExecutor()
+        self._live = [(answer_format.matcher(grammar), row) for row, grammar in enumerate(grammars) if grammar]
         self._shifts: torch.Tensor | None = None
         self._masks = allocate_token_bitmask(len(grammars), answer_format.vocabulary)  # (rows, 32 tokens each)
 

@@ -13,7 +13,8 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from malpyeong.contest.question import pick_verdict, verdicts
@@ -67,6 +68,9 @@ class Engine(Protocol):
         """Return ``decoding.samples`` answers to each prompt of a batch."""
 
 
+Watch = Callable[[list[int]], bool]
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One answer to generate.
@@ -76,12 +80,20 @@ class Request:
         max_tokens: how many tokens may be generated.
         grammar: that they keep to (see :class:`malpyeong.decoding.constrain.AnswerFormat`); None: whatever comes.
         seed: None for a greedy answer.
+        temperature: of a drawn one.
+        top_p: of a drawn one: the likeliest tokens that have this probability together.
+        watch: called with the tokens so far after each of them; True ends the answer there. vLLM does not call it.
+        stop: texts that vLLM ends the answer behind.
     """
 
     prompt: list[int]
     max_tokens: int
     grammar: str | None = None
     seed: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    watch: Watch | None = None
+    stop: tuple[str, ...] = ()
 
 
 Pick = Callable[[Sequence[str], Sequence[float]], str]
@@ -112,6 +124,20 @@ class BatchEngine(ABC):
         self._ends = {tokenizer.eos_token_id, *ends}
         self._format = AnswerFormat(tokenizer, ends, vocabulary) if self.decoding.constrained else None
 
+    @property
+    def max_length(self) -> int:
+        """How many tokens the model takes, prompt and answer together."""
+        return self.tokenizer.model_max_length
+
+    def json_grammar(self, schema: dict[str, Any]) -> str:
+        """Return the grammar of a :class:`Request` whose answer keeps to a JSON schema (constrained decoding only).
+
+        Raises:
+            ValueError: it is not a schema, or one that cannot be kept to; says why.
+        """
+        assert self._format, "an engine that does not constrain answers has no grammars"
+        return self._format.json_grammar(schema)
+
     @abstractmethod
     def score(self, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]]) -> list[list[float]]:
         """Return log p(candidate | its prompt), summed over its tokens, for the candidates of each prompt."""
@@ -120,8 +146,14 @@ class BatchEngine(ABC):
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         """Return the tokens of each request's answer, up to and without the first end token."""
 
-    def answers(self, prompts: Sequence[Prompt]) -> list[list[str]]:
-        """Return ``decoding.samples`` answers to each prompt of a batch, the greedy one first."""
+    def answers(self, prompts: Sequence[Prompt], watches: Sequence[Watch | None] = ()) -> list[list[str]]:
+        """Return ``decoding.samples`` answers to each prompt of a batch, the greedy one first.
+
+        Args:
+            prompts: of the questions.
+            watches: one for each prompt (see :class:`Request`), or none at all; an answer that one of them ends is of
+                no use.
+        """
         decoding, records, starts = self.decoding, [prompt.record for prompt in prompts], [one.ids for one in prompts]
         tags, chosen = [""] * len(records), [""] * len(records)
         if self._format:
@@ -130,13 +162,18 @@ class BatchEngine(ABC):
             chosen = self.likeliest(starts, [verdicts(record) for record in records], pick_verdict)
         begun = [token_ids(self.tokenizer, verdict) for verdict in chosen]
         requests = []
-        for record, start, named, verdict, ids in zip(records, starts, tags, chosen, begun, strict=True):
+        watches = watches or [None] * len(records)
+        for record, start, named, verdict, ids, watch in zip(
+            records, starts, tags, chosen, begun, watches, strict=True
+        ):
             limit, grammar = decoding.max_new_tokens, None
             if self._format:
                 limit -= len(token_ids(self.tokenizer, named)) + len(ids)
                 limit, grammar = max(limit, MIN_CONSTRAINED_TOKENS // 2), self._format.grammar(verdict)
             seeds = [None, *(_seed(decoding.seed, record.id, sample) for sample in range(1, decoding.samples))]
-            requests += [Request(start + ids, limit, grammar, seed) for seed in seeds]
+            requests += [
+                Request(start + ids, limit, grammar, seed, decoding.temperature, watch=watch) for seed in seeds
+            ]
         completions = self.generate(requests)
         rows = [row for row in range(len(records)) for _ in range(decoding.samples)]
         if self._format:
@@ -174,7 +211,8 @@ class BatchEngine(ABC):
         for row in again:
             request, ids = requests[row], forced[row]
             grammar = answer_format.grammar(str(self.tokenizer.decode(ids)))
-            rests[row] = Request(request.prompt + ids, request.max_tokens - len(ids), grammar, request.seed)
+            prompt, limit = request.prompt + ids, request.max_tokens - len(ids)
+            rests[row] = replace(request, prompt=prompt, max_tokens=limit, grammar=grammar)
         if again:
             for row, ids in zip(again, self.generate([rests[row] for row in again]), strict=True):
                 generated[row] = ids
@@ -202,6 +240,12 @@ class TransformersEngine(BatchEngine):
         if self.decoding.constrained and can_score_trees(model, token_ids(tokenizer, '"나무가 크다."가 옳다.')):
             self._trees = TreeScorer(model, tokenizer.pad_token_id)
 
+    @property
+    def max_length(self) -> int:
+        """How many tokens the model takes: what it was trained with, or has positions for."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
+
     def score(self, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]]) -> list[list[float]]:
         """Return log p(candidate | its prompt): a whole batch at once where the architecture allows it."""
         from malpyeong.decoding.likelihood import log_likelihoods
@@ -228,11 +272,10 @@ class TransformersEngine(BatchEngine):
         width = batch["input_ids"].shape[1]
         processors: list[Any] = []
         if self._format:
-            grammars = [request.grammar or "" for request in requests]
-            processors.append(GrammarMask(self._format, grammars, width))
-        seeds = [request.seed for request in requests]
-        if any(seed is not None for seed in seeds):
-            processors.append(SeededSampling(seeds, self.decoding.temperature, self.model.device))
+            processors.append(GrammarMask(self._format, [request.grammar for request in requests], width))
+        if any(request.seed is not None for request in requests):
+            processors.append(SeededSampling(requests, self.model.device))
+        watching = Watching(requests, self._ends, width)
         with torch.inference_mode():
             output = self.model.generate(
                 **batch,
@@ -240,9 +283,10 @@ class TransformersEngine(BatchEngine):
                 max_new_tokens=max(request.max_tokens for request in requests),
                 pad_token_id=self.tokenizer.pad_token_id,
                 logits_processor=processors,
+                stopping_criteria=[watching] if watching.live else [],
             )
-        completions = [_until(ids, self._ends) for ids in output[:, width:].tolist()]
-        return [ids[: request.max_tokens] for ids, request in zip(completions, requests, strict=True)]
+        rows = [ids[: watching.stopped.get(row)] for row, ids in enumerate(output[:, width:].tolist())]
+        return [_until(ids[: one.max_tokens], self._ends) for ids, one in zip(rows, requests, strict=True)]
 
 
 class VLLMEngine(BatchEngine):
@@ -283,6 +327,12 @@ class VLLMEngine(BatchEngine):
             structured_outputs_config={"backend": "guidance"},
         )
 
+    @property
+    def max_length(self) -> int:
+        """How many tokens the model takes, and the card holds."""
+        length = int(self._llm.llm_engine.model_config.max_model_len)
+        return min(self.tokenizer.model_max_length, length)
+
     def score(self, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]]) -> list[list[float]]:
         """Return log p(candidate | its prompt), from the log-probabilities that vLLM gives of a prompt's tokens."""
         from vllm import SamplingParams
@@ -304,10 +354,13 @@ class VLLMEngine(BatchEngine):
             [request.prompt for request in requests],
             [
                 SamplingParams(
-                    temperature=0.0,
+                    temperature=0.0 if request.seed is None else request.temperature,
+                    top_p=request.top_p,
+                    seed=request.seed,
                     max_tokens=request.max_tokens,
+                    stop=list(request.stop),
                     stop_token_ids=sorted(self._ends),
-                    detokenize=False,
+                    detokenize=bool(request.stop),
                     structured_outputs=StructuredOutputsParams(grammar=request.grammar) if request.grammar else None,
                 )
                 for request in requests
@@ -326,6 +379,28 @@ class VLLMEngine(BatchEngine):
         )
 
 
+def load_engine(
+    name: str, model: str, adapter: str | None, dtype: str, load_in_4bit: bool, decoding: Decoding
+) -> BatchEngine:
+    """Load a model into the engine called ``transformers`` or ``vllm``; ``auto``: vLLM where it is there and can run.
+
+    Raises:
+        InputError: what is asked for does not go together, or is not here.
+    """
+    import torch
+
+    if name == "auto":
+        modern = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        name = "vllm" if modern and not load_in_4bit and find_spec("vllm") else "transformers"
+    if name == "vllm":
+        if load_in_4bit:
+            raise InputError("--load-in-4bit goes with the transformers engine; leave one of the two out")
+        return VLLMEngine(model, adapter, dtype, decoding)
+    from malpyeong.models.load import load_for_prediction
+
+    return TransformersEngine(*load_for_prediction(model, adapter, dtype, load_in_4bit), decoding)
+
+
 def log_likelihood_of_end(logprobs: Sequence[Mapping[int, Any] | None], ids: Sequence[int], count: int) -> float:
     """Return the sum over the last ``count`` tokens of what vLLM reports of a prompt's tokens."""
     pairs = list(zip(logprobs, ids, strict=True))[-count:]
@@ -338,16 +413,18 @@ class SeededSampling:
     Every row draws from its own generator, so that what it draws does not depend on the other rows.
 
     Args:
-        seeds: one for each row; None keeps a row greedy.
-        temperature: divides the logits.
+        requests: one for each row; one without a seed is answered greedily.
         device: where the scores are.
     """
 
-    def __init__(self, seeds: Sequence[int | None], temperature: float, device: "torch.device") -> None:
+    def __init__(self, requests: Sequence[Request], device: "torch.device") -> None:
         import torch
 
-        self._temperature = temperature
-        self._draws = [None if seed is None else torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        self._draws = [
+            (row, torch.Generator(device=device).manual_seed(request.seed), request.temperature, request.top_p)
+            for row, request in enumerate(requests)
+            if request.seed is not None
+        ]
 
     def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
         """Return the scores (rows, vocabulary) with noise on them."""
@@ -355,11 +432,45 @@ class SeededSampling:
 
         scores = scores.float()
         noise = torch.zeros_like(scores)
-        for row, generator in enumerate(self._draws):
-            if generator is not None:
-                noise[row] = -torch.empty_like(scores[row]).exponential_(generator=generator).log()
-                scores[row] = scores[row] / self._temperature
+        for row, generator, temperature, top_p in self._draws:
+            noise[row] = -torch.empty_like(scores[row]).exponential_(generator=generator).log()
+            scores[row] = scores[row] / temperature
+            if top_p < 1:
+                likeliest, order = scores[row].softmax(0).sort(descending=True)
+                scores[row, order[likeliest.cumsum(0) - likeliest >= top_p]] = -torch.inf
         return scores + noise
+
+
+class Watching:
+    """A stopping criterion that shows its tokens to each request's ``watch``, and ends the rows that it says.
+
+    Args:
+        requests: one for each row.
+        ends: tokens at which a row ends by itself.
+        start: tokens of the padded prompts, after which the answers begin.
+
+    Attributes:
+        live: the rows that are watched and have not ended.
+        stopped: how many tokens the rows have that were ended.
+    """
+
+    def __init__(self, requests: Sequence[Request], ends: Collection[int | None], start: int) -> None:
+        self.live = {row: request.watch for row, request in enumerate(requests) if request.watch}
+        self.stopped: dict[int, int] = {}
+        self._ends, self._start = ends, start
+
+    def __call__(self, input_ids: "torch.Tensor", scores: object, **_: object) -> "torch.Tensor":
+        """Return which rows are ended, of shape (rows,)."""
+        import torch
+
+        rows = input_ids[:, self._start :].tolist()
+        for row, watch in list(self.live.items()):
+            if rows[row][-1] in self._ends:
+                del self.live[row]
+            elif watch(rows[row]):
+                del self.live[row]
+                self.stopped[row] = len(rows[row])
+        return torch.tensor([row in self.stopped for row in range(len(rows))], device=input_ids.device)
 
 
 def _tags(context: Context) -> list[str]:

@@ -15,24 +15,25 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(template: str, script: str, **values: Any) -> str:  # noqa: ANN401 -- whatever the template shows
+def render(template: str, script: str, folder: Path = TEMPLATES, **values: Any) -> str:  # noqa: ANN401 -- whatever the template shows
     """Fill a template.
 
     The page allows itself its one script, named by its digest, and nothing from elsewhere, so that even markup that
     slipped through would not run.
 
     Args:
-        template: file name in ``templates/``.
-        script: file name of the page's script.
+        template: file name in ``folder``.
+        script: file name of the page's script, there too.
+        folder: where they are; what all pages share is in ``templates/``.
         values: what the template names.
     """
     from markupsafe import Markup
 
-    code = (TEMPLATES / script).read_text("utf-8")
+    code = (folder / script).read_text("utf-8")
     style = (TEMPLATES / "page.css").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(code.encode("utf-8")).digest()).decode("ascii")
     return (
-        _environment()
+        _environment(folder)
         .get_template(template)
         .render(
             **values, style=Markup(style), script=Markup(code), script_digest=digest, max_shown_chars=MAX_SHOWN_CHARS
@@ -41,11 +42,11 @@ def render(template: str, script: str, **values: Any) -> str:  # noqa: ANN401 --
 
 
 @cache
-def _environment() -> "Environment":
+def _environment(folder: Path) -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -12,9 +12,8 @@ from malpyeong.errors import InputError, counted, printable
 from malpyeong.files import check_writable
 from malpyeong.prompts.context import write_contexts
 from malpyeong.prompts.rule_choice import find_labels
-from malpyeong.retrieval.bm25 import BM25, EditBM25
-from malpyeong.retrieval.neighbours import Neighbours
-from malpyeong.retrieval.search import Document, Retriever, Scorer, example_documents, rule_documents
+from malpyeong.retrieval.finder import Finder
+from malpyeong.retrieval.search import Document, example_documents, rule_documents
 from malpyeong.terminal import Group, json_text
 
 if TYPE_CHECKING:
@@ -66,18 +65,8 @@ def search(
         click.echo(f"{sum(label is not None for label in labels)} of {len(examples)} examples have a label")
     check_writable(output, *questions, rule_book, solved, label_file)
     model = _reranker(reranker)
-    found_rules: list[list[Any]] = [[] for _ in records]
-    found_examples: list[list[Any]] = [[] for _ in records]
-    if rules:
-        documents = rule_documents(rules)
-        texts = _retriever(documents, BM25(documents), dense, None if label_file else model)
-        finder = Neighbours(examples, labels, rules, texts) if label_file else texts
-        hits = finder.search_all(records, rules_k)
-        found_rules = [[(hit.score, rules[hit.position]) for hit in row] for row in hits]
-    if examples:
-        documents = example_documents(examples)
-        hits = _retriever(documents, EditBM25(documents), dense, model).search_all(records, examples_k)
-        found_examples = [[(hit.score, examples[hit.position]) for hit in row] for row in hits]
+    finder = Finder(rules, examples, labels, rules_k, examples_k, lambda documents: _dense(documents, dense), model)
+    found_rules, found_examples = finder.rules(records), finder.examples(records)
     write_contexts(output, records, found_rules, found_examples)
     rules_found, examples_found = sum(map(len, found_rules)), sum(map(len, found_examples))
     counts = f"{counted(rules_found, 'rule')}, {counted(examples_found, 'example')}"
@@ -163,11 +152,6 @@ def evaluate(
         for kind, table in tables.items():
             shown = counted(len(splits[name]), "question")
             click.echo(f"\n{printable(name)}: {shown}, {sizes[kind]}\n\n{markdown(table)}")
-
-
-def _retriever(documents: list[Document], scorer: Scorer, dense: str | None, reranker: "Reranker | None") -> Retriever:
-    model = _dense(documents, dense)
-    return Retriever(documents, [scorer] if model is None else [scorer, model], reranker)
 
 
 def _dense(documents: list[Document], name: str | None) -> "Dense | None":

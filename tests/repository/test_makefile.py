@@ -65,6 +65,18 @@ def test_every_stage_gets_the_context(make, tmp_path):
     assert submit[-1] == f"{runs / 'qwen-submission.json'}"
 
 
+def test_what_is_served_gets_what_it_was_trained_with(make, tmp_path):
+    data, runs = tmp_path / "대회 자료", tmp_path / "결 과"
+    served = ["-m", "malpyeong.serve"]
+    (plain,) = make("serve-qwen", "ARGS=--port 9000")
+    assert plain == [*served, f"{runs / 'qwen-merged'}", "--examples", f"{data / 'train.json'}", "--port", "9000"]
+    (data / "rules.json").touch()
+    (choice,) = make("serve-qwen-choice")
+    assert choice[2] == f"{runs / 'qwen-choice-merged'}"
+    assert choice[-2:] == ["--rules", f"{data / 'rules.json'}"]
+    assert "--choose" in choice
+
+
 def test_a_model_that_chooses_gets_the_rules_that_mined_labels_vote_for(make, tmp_path):
     data, runs = tmp_path / "대회 자료", tmp_path / "결 과"
     (data / "rules.json").touch()
