@@ -21,6 +21,7 @@ _COMMANDS = {
         "export": "merge an adapter into its base model, checked",
         "predict": "answer the questions of a contest file",
         "submit": "write a submission file and check every answer",
+        "reproduce": "repeat a prediction and compare it byte for byte",
     },
     "Looking at results": {
         "evaluate": "the contest's score of a prediction, with intervals",
