@@ -65,7 +65,7 @@ def digests(inputs: Mapping[str, str | None], tokenizer: "PreTrainedTokenizerBas
         if Path(name).is_dir():
             return {**file_digests(name)}
         folder = model_folder(name)
-        return {"revision": folder and folder.name, "weights": weight_files_digest(name)}
+        return {"revision": folder.name if folder else None, "weights": weight_files_digest(name)}
 
     model, questions, adapter, context, *scorers = (inputs.get(name) for name in INPUTS)
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False)

@@ -131,7 +131,8 @@ def main(run: Path, moved: Sequence[str], output: Path | None) -> None:
     """Repeat the prediction RUN from its manifest and compare it byte for byte.
 
     RUN is a prediction, its manifest (NAME.manifest.json), or a folder that holds one. Inputs are looked for where they
-    were from the manifest's folder. If one has changed, nothing is repeated. Exit code 0: the same, 1: not, 2: bad input.
+    were from the manifest's folder. If one has changed, nothing is repeated. Exit code 0: the same; 1: not; 2: an
+    input is missing or damaged.
     """
     path = find_manifest(run)
     manifest = read_manifest(path)

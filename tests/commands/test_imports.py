@@ -13,7 +13,7 @@ def test_import_loads_no_torch(code, run_module):
 
 @pytest.mark.parametrize(
     "module",
-    ["evaluate", "submit", "predict", "export", "report", "doctor", "models.memory", "rules", "retrieval"],
+    ["evaluate", "submit", "predict", "reproduce", "export", "report", "doctor", "models.memory", "rules", "retrieval"],
 )
 def test_help_loads_no_torch(module, run_module):
     code = (
