@@ -154,7 +154,8 @@ def _write_manifest(written: Sequence[Path], made_of: Mapping[str, Any], options
     def relative(name: str, value: Any) -> Any:  # noqa: ANN401 -- an option's value
         if name not in INPUTS or value is None or not Path(value).exists():
             return value
-        return Path(os.path.relpath(value, output.parent)).as_posix()
+        path = Path(os.path.relpath(value, output.parent)).as_posix()
+        return path if path.startswith(".") else f"./{path}"  # no hub id begins so
 
     manifest = {
         "sha256": {path.name: digest(path) for path in written},

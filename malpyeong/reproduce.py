@@ -64,13 +64,11 @@ def find_inputs(path: Path, manifest: Mapping[str, Any], moved: Mapping[str, str
     """
     inputs: dict[str, str | None] = {}
     for name in predict.INPUTS:
-        value = manifest["options"][name]
-        inputs[name] = moved.get(name, value)
-        if value is None or name in moved:
+        value = inputs[name] = moved.get(name, manifest["options"][name])
+        if name in moved or value is None or not str(value).startswith("."):  # a hub id
             continue
-        if (path.parent / str(value)).exists():
-            inputs[name] = str(path.parent / str(value))
-        elif "revision" not in (manifest["made_of"].get(name) or {}):  # not on the hub
+        inputs[name] = str(path.parent / str(value))
+        if not Path(str(inputs[name])).exists():
             raise InputError(f"{path}: its {name}, {value}, is not there; say where it is with --input {name}=PATH")
     return inputs
 
