@@ -164,7 +164,7 @@ def test_pips_reasons_are_one_line(only, tmp_path, monkeypatch):
     with pytest.raises(offline.InputError, match="nowhere==1"):
         offline.fetch("nowhere", "1.0", "3.12", tmp_path, tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "0")
-    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_RETRIES", "1")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     with pytest.raises(offline.PipError, match=r"no package index can be reached.*nowhere"):
         offline.fetch("nowhere", "1.0", "3.12", tmp_path, tmp_path)
