@@ -16,7 +16,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts bench-gpu gpu-check torture clean
+.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base offline bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts bench-gpu gpu-check torture clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -78,6 +78,9 @@ samples: $(STAMP) ## rebuild malpyeong/samples/data from the item bank
 
 tiny-base: $(STAMP) ## pre-train the tiny base model again, to runs/tiny_base
 	$(RUN) -m tools.tiny_base -o "$(RUNS)/tiny_base"
+
+offline: $(STAMP) ## a folder to install from where there is no internet: OUT=FOLDER (docs/offline.md)
+	$(RUN) -m tools.offline "$(OUT)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 gpu-check: $(STAMP) ## does all of it run on this GPU? times, tokens/s, peaks (random weights, offline, minutes)
 	$(RUN) -m benchmarks.gpu_check --work "$(RUNS)/gpu-check"

@@ -22,6 +22,7 @@ _COMMANDS = {
         "predict": "answer the questions of a contest file",
         "serve": "answer over HTTP (OpenAI's API), with a page to ask on",
         "submit": "write a submission file and check every answer",
+        "reproduce": "repeat a prediction and compare it byte for byte",
     },
     "Looking at results": {
         "evaluate": "the contest's score of a prediction, with intervals",

@@ -9,7 +9,7 @@ from malpyeong.models.environment import version, version_problems
 from malpyeong.terminal import Command
 from malpyeong.training.run import PACKAGES, git_revision
 
-_MORE = ("xformers", "vllm", "triton", "trackio", "tensorboard", "wandb")
+_MORE = ("xformers", "triton", "trackio", "tensorboard", "wandb")
 
 
 @click.command(cls=Command)

@@ -1,16 +1,18 @@
 """Answer every question of a file: ``python -m malpyeong.predict MODEL QUESTIONS -o PRED``.
 
 Every finished answer is kept beside the output in ``.NAME.part.jsonl``; the same command resumes there after a
-crash or a kill, to the same file. What is written is repaired last (``malpyeong.contest.repair``).
+crash or a kill, to the same file. What is written is repaired last (``malpyeong.contest.repair``). What the answers are
+made of stands beside them in ``NAME.manifest.json``, for ``python -m malpyeong.reproduce``.
 """
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,13 +32,61 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Options that name what the answers are made from.
+INPUTS = ("model", "questions", "adapter", "context", "bertscore_model", "bleurt_model")
+
+
+def file_digests(name: str) -> dict[str, str]:
+    """Return the SHA-256 of each file of a model's or adapter's folder; {} of what is no folder here (a hub id)."""
+    folder = Path(name)
+    return {path.name: digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
+
+
 def model_digest(name: str) -> str:
     """Return the SHA-256 over a model or adapter folder's files, or the name of what is no folder here (a hub id)."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return name
-    parts = [f"{path.name} {digest(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    parts = [f"{file} {number}" for file, number in file_digests(name).items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if Path(name).is_dir() else name
+
+
+def digests(inputs: Mapping[str, str | None], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Return what tells the inputs of a prediction from others, under whatever names.
+
+    Of a model or adapter the digests of its files, of one on the hub its revision and a digest of its weights.
+
+    Args:
+        inputs: :data:`INPUTS` → file, folder or hub id, None where there is none.
+        tokenizer: of the model, with the chat template that is used.
+    """
+    from malpyeong.models.adapter import adapter_folder
+    from malpyeong.models.load import model_folder, weight_files_digest
+
+    def of_model(name: str) -> dict[str, str | None]:
+        if Path(name).is_dir():
+            return {**file_digests(name)}
+        folder = model_folder(name)
+        return {"revision": folder.name if folder else None, "weights": weight_files_digest(name)}
+
+    model, questions, adapter, context, *scorers = (inputs.get(name) for name in INPUTS)
+    template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    return {
+        "questions": questions and digest(Path(questions)),
+        "model": model and of_model(model),
+        "adapter": adapter and file_digests(str(adapter_folder(adapter))),
+        "context": context and digest(Path(context)),
+        **{name: scorer and of_model(scorer) for name, scorer in zip(INPUTS[4:], scorers, strict=True)},
+        "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+        "model_max_length": tokenizer.model_max_length,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return what else may change an answer's bits: versions, git revision, card, number of threads."""
+    import torch
+
+    from malpyeong.training.run import git_revision, versions
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {**versions(), "git": git_revision(), "device": card, "threads": torch.get_num_threads()}
 
 
 def fitted(
@@ -75,6 +125,30 @@ def _score(bertscore: str | None, bleurt: str | None) -> ReasonScore:
         return [sum(row) / len(row) for row in zip(*columns, strict=True)]
 
     return mean
+
+
+def _write_manifest(written: Sequence[Path], made_of: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Write NAME.manifest.json beside the output; paths in it are relative to its folder."""
+    output = written[0]
+
+    def relative(name: str, value: Any) -> Any:  # noqa: ANN401 -- an option's value
+        if name not in INPUTS or value is None or not Path(value).exists():
+            return value
+        path = Path(os.path.relpath(value, output.parent)).as_posix()
+        return path if path.startswith(".") else f"./{path}"  # no hub id begins so
+
+    manifest = {
+        "sha256": {path.name: digest(path) for path in written},
+        "options": {name: relative(name, value) for name, value in options.items() if name != "output"},
+        "made_of": made_of,
+        "environment": environment(),
+    }
+    write_text(manifest_of(output), json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
+
+
+def manifest_of(output: Path) -> Path:
+    """Return the path of a prediction's manifest."""
+    return output.with_name(f"{output.stem}.manifest.json")
 
 
 @click.command(cls=Command)
@@ -153,6 +227,7 @@ def main(
 
     A run that was killed resumes where it stopped when the same command is given again.
     """
+    options = click.get_current_context().params
     records = load(questions)
     task = task_of(records[0])
     constrained, voted = decoding_name == "constrained", samples > 1
@@ -165,7 +240,6 @@ def main(
 
     from malpyeong.decoding.engines import Decoding, load_engine
     from malpyeong.metrics.rouge import load_dictionary
-    from malpyeong.models.adapter import adapter_folder
     from malpyeong.models.load import tokenizer_for_prediction
     from malpyeong.models.memory import out_of_memory
 
@@ -175,14 +249,10 @@ def main(
     tokenizer = tokenizer_for_prediction(model, adapter)
     prompts = fitted(tokenizer, records, contexts, max_new_tokens)
     made_of = {
-        "questions": digest(questions),
-        "model": model_digest(model),
-        "adapter": adapter and model_digest(str(adapter_folder(adapter))),
-        "context": context and digest(context),
+        **digests({name: options[name] and str(options[name]) for name in INPUTS}, tokenizer),
         **asdict(decoding),
         **{"batch_size": batch_size, "dtype": dtype, "load_in_4bit": load_in_4bit, "engine": engine_name},
-        **{"bertscore_model": bertscore_model, "bleurt_model": bleurt_model},
-        **{"model_max_length": tokenizer.model_max_length, "choose": choose_rule},
+        "choose": choose_rule,
     }
     part = PartFile(output.with_name(f".{output.name}.part.jsonl"), made_of)
     try:
@@ -205,12 +275,14 @@ def main(
                     part.add({"id": records[row].id, "answer": answer})
                     bar.update(row not in done)
             seconds = time.perf_counter() - start
+    written = [output]
     if choose_rule:
         named, choices = [], output.with_name(f"{output.stem}.choices.jsonl")
         for prompt in prompts:
             id_, ids = prompt.record.id, [rule.id for rule in prompt.context.rules]
             name, answers[id_] = split_choice(answers[id_])
             named.append({"id": id_, "named": name, "rule": name if name in ids else None, "candidates": ids})
+        written.append(choices)
         write_text(choices, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in named))
         click.echo(f"{choices}: {sum(row['rule'] is not None for row in named)} of {len(named)} answers name a rule")
     answered = [record.with_answer(answers[record.id]) for record in records]
@@ -219,6 +291,7 @@ def main(
         for kind, count in counts.most_common():
             click.echo(f"repaired: {kind}: {count}")
     write_records(output, answered)
+    _write_manifest(written, made_of, options)
     part.remove()
     well_formed = sum(task.format_problem(record.question_type, record.answer or "") is None for record in answered)
     click.echo(f"{output}: {counted(len(records), 'answer')}, {well_formed} well formed; {seconds:.1f} s after loading")

@@ -233,22 +233,28 @@ def _with_eos(tokenizer: "PreTrainedTokenizerBase", named: int | list[int] | Non
     return [eos, *(token for token in others if token != eos)]
 
 
+def model_folder(name: str) -> Path | None:
+    """Return a model's folder, or that of a hub id in this machine's cache, named after its revision; None if neither
+    is here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not even the form of a hub id
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def weight_files_digest(name: str) -> str | None:
     """Return a digest that tells a model's weights from others', under whatever name; None if they are not here.
 
     Of each weight file its size and 64 evenly spaced pieces of it: reading tens of gigabytes would take minutes.
     """
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(name)
-    if not folder.is_dir():
-        try:
-            cached = try_to_load_from_cache(name, "config.json")
-        except ValueError:  # not even the form of a hub id
-            return None
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
+    folder = model_folder(name)
+    if folder is None:
+        return None
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     pieces = hashlib.sha256()
     for path in files:

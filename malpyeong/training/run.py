@@ -45,9 +45,12 @@ PACKAGES = (
     "mecab-ko",
     "python-mecab-ko-dic",
     "sentencepiece",
+    "tokenizers",
+    "llguidance",
     "sentence-transformers",
     "kiwipiepy",
     "unsloth",
+    "vllm",
 )
 
 
@@ -212,7 +215,7 @@ def start_run(output: Path, recipe: Block, inputs: Inputs) -> None:
     Of a run that is resumed the versions stay; the adapter of one that had ended and is trained further moves to
     ``adapter-STEPS``.
     """
-    environment = {"versions": _versions(), "git": git_revision(), "sha256": dict(inputs)}
+    environment = {"versions": versions(), "git": git_revision(), "sha256": dict(inputs)}
     config = output / "config.yaml"
     if config.exists():
         environment = {**_environment(output), "sha256": environment["sha256"]}
@@ -421,14 +424,15 @@ def _recorded_recipe(output: Path, recipe: Block) -> dict[str, Any]:
         ) from None
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "machine": platform.machine()}
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed :data:`PACKAGES`, and the kind of machine."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def git_revision() -> str | None:

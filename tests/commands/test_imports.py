@@ -13,7 +13,10 @@ def test_import_loads_no_torch(code, run_module):
 
 @pytest.mark.parametrize(
     "module",
-    ["evaluate", "submit", "predict", "export", "report", "doctor", "models.memory", "rules", "retrieval", "serve"],
+    [
+        *("evaluate", "submit", "predict", "reproduce", "export", "report", "doctor", "models.memory", "rules"),
+        *("retrieval", "serve"),
+    ],
 )
 def test_help_loads_no_torch(module, run_module):
     code = (
