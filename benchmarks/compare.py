@@ -6,8 +6,8 @@
 
 Every row but SFT's own starts from the SFT of its seed (OUTPUT/sft-SEED, the demo's), asks the questions that the
 demo's GRPO asks in the same order, and takes as many steps; "GRPO without SFT" starts from the base. What is earned is
-the reward of recipes/tiny/grpo.yaml. Each product is made once, in OUTPUT/ROW-SEED; a second start resumes. What has been
-measured so far, of whatever rows and seeds, is in OUTPUT/results.json and OUTPUT/results.md.
+the reward of recipes/tiny/grpo.yaml. Each product is made once, in OUTPUT/ROW-SEED; a second start resumes. What has
+been measured so far, of whatever rows and seeds, is in OUTPUT/results.json and OUTPUT/results.md.
 
 Greedy answers are measured as training left them, without constraints and repair, and of the last step's adapter (of
 SFT: of the one with the lowest dev loss). Dev, of which every third question is asked, draws the curves, and decides
@@ -27,6 +27,8 @@ from typing import Any
 
 import click
 
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe
 from malpyeong.contest.answer import contest_split
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.errors import InputError
@@ -38,9 +40,8 @@ from malpyeong.terminal import Command, make
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SPLITS = ("test", "unseen")
-STEPS, EVERY, QUESTIONS, GROUP = 36, 12, 8, 8
-# Of SFT that goes on, on a group's best completion or on the gold answers: of the same questions as a step of GRPO.
-MORE_SFT = (f"training.batch_size={QUESTIONS}", "training.learning_rate=2.0e-4", "training.warmup_steps=2")
+# Of SFT that goes on, on the best completions or on the gold answers.
+MORE_SFT = ("training.learning_rate=2.0e-4", "training.warmup_steps=2", "training.logging_steps=1")
 AS_TRAINED = ("--batch-size", "128", "--max-new-tokens", "200", "--decoding", "free", "--no-repair")
 # Row → (what it is called, the stages that are its own; their costs are the row's).
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -61,17 +62,19 @@ class Comparison:
 
     Args:
         output: the folder.
-        steps: of every row but SFT's own.
+        steps: of every row but SFT's own; None for those of GRPO's recipe.
         data: folder of explore.json, dev.json, and of the splits with their questions.
 
     Raises:
         InputError: the folder holds a comparison of other steps or data.
     """
 
-    def __init__(self, output: Path, steps: int = STEPS, data: Path = DATA) -> None:
-        self.output, self._steps, self._data = output, steps, data
+    def __init__(self, output: Path, steps: int | None = None, data: Path = DATA) -> None:
+        self.output, self._data = output, data
+        self._grpo = load_recipe(RECIPES / "tiny" / "grpo.yaml", [], GRPORecipe).training
+        self._steps = steps or self._grpo.max_steps
         inputs = [TINY_BASE / "model.safetensors", *sorted(RECIPES.glob("tiny/*.yaml")), *sorted(data.glob("*.json"))]
-        made_of = {"steps": steps, "sha256": {path.name: digest(path) for path in inputs}}
+        made_of = {"steps": self._steps, "sha256": {path.name: digest(path) for path in inputs}}
         file = output / "compare.json"
         if file.exists() and json.loads(file.read_text("utf-8")) != made_of:
             raise InputError(f"{output}: holds a comparison of other --steps, recipes or data; choose another -o")
@@ -93,14 +96,18 @@ class Comparison:
             return run / "adapter"
         sft = self.adapter("sft", seed)
         start = f"model.adapter={'null' if stage == 'zero' else sft}"
-        often, last = f"training.eval_steps={min(EVERY, self._steps)}", run / f"checkpoint-{self._steps}"
+        often, last = (
+            f"training.eval_steps={min(self._grpo.eval_steps, self._steps)}",
+            run / f"checkpoint-{self._steps}",
+        )
         if stage in ("best", "gold"):
             records = self._samples(seed) / f"{stage}.json"
-            steps_of_a_pass = -(-len(load_records(records)) // QUESTIONS)
+            size = self._grpo.groups  # a step reads the answers of as many questions as GRPO asks in one
+            steps_of_a_pass = -(-len(load_records(records)) // size)
             epochs = f"training.epochs={(self._steps - 0.5) / steps_of_a_pass}"  # the trainer rounds up
             files = (f"data.train={records}", f"data.dev={self._dev}")
             score = ("training.best_by=score", "training.patience=1000", often, epochs)
-            recipe = (RECIPES / "sft.py", RECIPES / "tiny" / "sft.yaml", *MORE_SFT)
+            recipe = (RECIPES / "sft.py", RECIPES / "tiny" / "sft.yaml", *MORE_SFT, f"training.batch_size={size}")
             self._make(run / "adapter", *recipe, start, *files, *score, *of_run, "--resume", "auto")
             return last
         hard = self._hard(seed)
@@ -187,13 +194,14 @@ class Comparison:
 
     def _costs(self, stage: str, seed: int) -> dict[str, Any]:
         """Return what a stage took; None for what is not known, as of a run that was made elsewhere."""
-        run, steps, seconds = self.folder(stage, seed), 0, 0.0
-        for entry in _read(run / "log.json", []):
+        run, counted, seconds = self.folder(stage, seed), 0, 0.0
+        log, sampled = _read(run / "log.json", []), _read(run / "samples.json")
+        for entry in log:
             if "step_seconds" in entry:  # a mean over the steps that were logged together
-                seconds += entry["step_seconds"] * (entry["step"] - steps)
-                steps = entry["step"]
-        sampled = _read(run / "samples.json")
-        completions = steps * QUESTIONS * GROUP if stage in SAMPLING else 0
+                seconds += entry["step_seconds"] * (entry["step"] - counted)
+                counted = entry["step"]
+        steps = max((entry["step"] for entry in log), default=0)
+        completions = steps * self._grpo.effective_batch_size if stage in SAMPLING else 0
         known = bool(steps or sampled)
         return {
             "steps": steps if known else None,
@@ -280,9 +288,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 @click.command(cls=Command)
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--row", "rows", multiple=True, type=click.Choice(list(ROWS)), default=tuple(ROWS), help="Only these.")
-@click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(min=2), help="Of every row but SFT.")
+@click.option("--steps", type=click.IntRange(min=2), help="Of every row but SFT; default: those of GRPO's recipe.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True)
-def main(seeds: Sequence[int], rows: Sequence[str], steps: int, output: Path) -> None:
+def main(seeds: Sequence[int], rows: Sequence[str], steps: int | None, output: Path) -> None:
     """Train, answer and measure; write OUTPUT/results.json and results.md, and print the table."""
     comparison = Comparison(output, steps)
     for seed in seeds:

@@ -24,6 +24,7 @@ from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, ModelBlock
 from malpyeong.contest.answer import format_problem
 from malpyeong.contest.records import write_records
+from malpyeong.errors import InputError
 from malpyeong.files import write_text
 from malpyeong.models.environment import prepare_environment
 from malpyeong.terminal import Group
@@ -145,16 +146,17 @@ def preference_dataset(tokenizer: Any, recipe: GRPORecipe, samples: Path, widest
     def tokens(text: str) -> list[int]:
         return completion_ids(tokenizer, text)[:limit]
 
-    return Dataset.from_list(
-        [
-            {
-                "prompt_ids": render(tokenizer, by_id[id_]).ids,
-                "chosen_ids": tokens(chosen),
-                "rejected_ids": tokens(rejected),
-            }
-            for id_, chosen, rejected in pairs(samples, widest)
-        ]
-    )
+    rows = [
+        {
+            "prompt_ids": render(tokenizer, by_id[id_]).ids,
+            "chosen_ids": tokens(chosen),
+            "rejected_ids": tokens(rejected),
+        }
+        for id_, chosen, rejected in pairs(samples, widest)
+    ]
+    if not rows:
+        raise InputError(f"{samples}: all samples of each question earn the same; train SFT longer")
+    return Dataset.from_list(rows)
 
 
 def stated(recipe: GRPORecipe, config: type[Any], **own: Any) -> Any:  # noqa: ANN401 -- a TRL config
