@@ -205,7 +205,7 @@ class PPO:
             "generate_seconds": torch.tensor(generated),
         }
         rolled_out = Rollout(ids, attention, mask, logps, values, whiten(advantages, mask), returns)
-        return rolled_out, {name: value.item() for name, value in figures.items()}
+        return rolled_out, {name: value.item() for name, value in figures.items() if value.isfinite()}
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Make one step of both trained models on completions, ``training.batch_size`` at once."""
@@ -215,20 +215,24 @@ class PPO:
             part = slice(start, start + training.batch_size)
             ids, attention = rollout.ids[part], rollout.attention[part]
             logps = log_probabilities(self.policy, ids, attention, length, training.temperature)
-            values = token_scores(self.critic, ids, attention)[:, -length - 1 : -1]
             low, high = training.epsilon, training.epsilon_high
-            losses = {
-                "policy_loss": policy_losses(logps, rollout.logps[part], rollout.advantages[part], low, high),
-                "value_loss": value_losses(values, rollout.values[part], rollout.returns[part]),
-            }
-            means = {name: (loss * rollout.mask[part]).sum() / rollout.mask.sum() for name, loss in losses.items()}
-            (means["policy_loss"] + means["value_loss"]).backward()  # they have no weights in common
-            sums = {name: sums[name] + mean.item() for name, mean in means.items()}
+            losses = policy_losses(logps, rollout.logps[part], rollout.advantages[part], low, high)
+            sums["policy_loss"] += self._learn(losses, part, rollout)
+            values = token_scores(self.critic, ids, attention)[:, -length - 1 : -1]
+            losses = value_losses(values, rollout.values[part], rollout.returns[part])
+            sums["value_loss"] += self._learn(losses, part, rollout)
         norms = [torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm).item() for trained in self._trained]
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
         return {**sums, "loss": sum(sums.values()), "grad_norm": norms[0], "critic_grad_norm": norms[1]}
+
+    @staticmethod
+    def _learn(losses: Tensor, part: slice, rollout: Rollout) -> float:
+        """Add the gradients of the mean over all tokens of a rollout, as far as a part of it goes; return that."""
+        mean = (losses * rollout.mask[part]).sum() / rollout.mask.sum()
+        mean.backward()  # type: ignore[no-untyped-call]
+        return mean.item()
 
 
 def accuracy(scores: Tensor, rewards: Tensor, group: int) -> Tensor:
