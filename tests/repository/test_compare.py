@@ -70,7 +70,7 @@ def sft(work):
         f"training.output={output / 'sft-0'}",
     )
     recipe = (ROOT / "recipes" / "sft.py", ROOT / "recipes" / "tiny" / "sft.yaml", *files)
-    short = ("training.epochs=1", "training.warmup_steps=0", "training.logging_steps=1")
+    short = ("training.epochs=1", "training.warmup_steps=0", "training.eval_steps=2", "training.logging_steps=1")
     subprocess.run([sys.executable, *map(str, (*recipe, *short))], cwd=ROOT, check=True, capture_output=True)
     return output / "sft-0" / "adapter"
 
