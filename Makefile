@@ -16,7 +16,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base offline bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts bench-gpu gpu-check torture clean
+.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base offline bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts compare bench-gpu gpu-check torture clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -111,6 +111,9 @@ bench-overhead: $(STAMP) ## GRPO steps of the recipe against a bare TRL script
 
 bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; resumes where it stopped)
 	$(RUN) -m benchmarks.contexts -o "$(RUNS)/contexts"
+
+compare: $(STAMP) ## SFT, GRPO, RLOO, DPO, PPO … side by side with the tiny model (hours; resumes where it stopped)
+	$(RUN) -m benchmarks.compare -o "$(RUNS)/compare"
 
 torture: $(STAMP) ## SIGKILL, full disk, read-only folder: does each long command end as if nothing had happened? (an hour)
 	$(RUN) -m benchmarks.torture -o "$(RUNS)/torture"
