@@ -183,7 +183,8 @@ class GRPOTraining(Block):
     and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
     standard deviation within the group first. ``min_group_std``: see :class:`malpyeong.training.rewards.RewardRun`.
     ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
-    on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's.
+    on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's;
+    with ``vllm_server``, the URL of a ``trl vllm-serve``, on other cards (docs/scaling.md).
     With ``data.dev`` the contest's score of its answers is measured every ``eval_steps``, where a checkpoint is written
     (``save_steps`` is for runs without), and the best adapter is kept; training stops when it has not risen for
     ``patience`` times.
@@ -210,6 +211,7 @@ class GRPOTraining(Block):
     min_group_std: float = Field(default=0.01, ge=0)
     mask_truncated_completions: bool = False
     use_vllm: bool = False
+    vllm_server: str | None = None
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     optim: str = "adamw_8bit"

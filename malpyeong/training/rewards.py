@@ -19,6 +19,7 @@ from malpyeong.errors import InputError
 from malpyeong.metrics.aggregate import final_scores
 from malpyeong.metrics.exact_match import exact_match as score_exact_match
 from malpyeong.metrics.rouge import rouge_1 as score_rouge_1
+from malpyeong.models.environment import processes
 from malpyeong.prompts.rule_choice import choice_reward, split_choice
 
 if TYPE_CHECKING:
@@ -236,6 +237,16 @@ def _checked(name: str, function: Callable[..., Any]) -> RewardFunction:
     return call
 
 
+def _of_all_processes(rewards: Rewards) -> tuple[Rewards, int]:
+    """Return the rewards of all processes, over which a group may be spread, and where this one's begin."""
+    if processes() == 1:
+        return rewards, 0
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    return gather_object(rewards), PartialState().process_index * len(rewards)
+
+
 class RewardRun:
     """The reward functions of one run, which also log what TRL's own log hides.
 
@@ -291,8 +302,9 @@ class RewardRun:
             judged = completions
             if "candidates" in columns and name != "choice":  # the answer is what follows it
                 judged = [split_choice(completion_text(completion))[1] for completion in completions]
-            rewards = function(completions=judged, **columns, **self._models)
+            own = function(completions=judged, **columns, **self._models)
             self.seconds += time.perf_counter() - start
+            rewards, first = _of_all_processes(own)
             self._step[name] = rewards
             if name == list(self._weights)[-1]:
                 if log_metric is not None:
@@ -303,7 +315,7 @@ class RewardRun:
                     for key in ("record_id", "reference"):
                         log_extra(key, list(columns[key]))
                 self._step = {}
-            return self._without_noise(rewards)
+            return self._without_noise(rewards)[first : first + len(own)]
 
         return call
 
