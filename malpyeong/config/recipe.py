@@ -243,6 +243,8 @@ class GRPOTraining(Block):
                 f"batch_size × gradient_accumulation_steps = {self.effective_batch_size} completions a step is not a "
                 f"multiple of num_generations = {self.num_generations}"
             )
+        if self.vllm_server and not self.use_vllm:
+            raise ValueError("vllm_server: needs use_vllm=true")
         for key in ("save_steps", "eval_steps"):
             if getattr(self, key) % self.num_iterations:
                 raise ValueError(

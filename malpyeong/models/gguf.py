@@ -63,16 +63,17 @@ def convert(converter: Path, model: Path, kind: str) -> Path:
 
 
 def load_gguf(path: Path) -> Any:  # noqa: ANN401 -- a transformers model
-    """Load a GGUF file as a transformers model, its weights dequantised to float32, in eval mode.
+    """Load the weights of a GGUF file, dequantised to float32, with the configuration beside it, in eval mode.
 
     Raises:
         InputError: transformers cannot read it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    folder, config = str(path.parent), AutoConfig.from_pretrained(path.parent)  # of GGUF's keys transformers knows some
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, config=config, dtype=torch.float32)
     except Exception as error:  # whatever it meets in a file that another program wrote
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(

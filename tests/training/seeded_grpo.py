@@ -34,7 +34,7 @@ _generate, _single_turn, place = GenerationMixin.generate, GRPOTrainer._generate
 
 
 def generate(self, *args, **kwargs):
-    if kwargs["generation_config"].do_sample:
+    if getattr(kwargs.get("generation_config"), "do_sample", False):  # not when dev is answered
         kwargs["logits_processor"] = LogitsProcessorList([SeededDraw(*place)])
     return _generate(self, *args, **kwargs)
 
