@@ -205,7 +205,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path.endswith("/repos/create"):
-            assert json.loads(body)["private"] is True
+            assert json.loads(body)["visibility"] == "private"
             answer = {"url": f"{self.server.address}/someone/model", "name": "someone/model"}
         elif "/preupload/" in self.path:
             named = [file["path"] for file in json.loads(body)["files"]]
