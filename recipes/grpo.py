@@ -6,7 +6,7 @@
 For each prompt ``num_generations`` completions are sampled and scored by the rewards of ``data.rewards`` (a weight
 each); a completion's advantage is its weighted reward less its group's mean. Where this departs from the paper
 (Shao et al. 2024, DeepSeekMath): ``loss_type`` dapo weighs tokens alike over the batch, ``epsilon_high`` clips
-upwards later than downwards, and ``beta`` 0 needs no reference model.
+upwards later than downwards, and ``beta`` 0 needs no reference adapter.
 
 - Rewards are the scorers that the leaderboard uses, cut by the contest's literal split
   (``malpyeong/training/rewards.py``).
@@ -69,11 +69,13 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "top_k": 0,
         "min_p": None,
         "repetition_penalty": 1.0,
-        "beta": 0.0,
+        "beta": training.beta,
         "epsilon": training.epsilon,
         "epsilon_high": training.epsilon_high,
         "loss_type": training.loss_type,
-        "importance_sampling_level": "token",
+        "importance_sampling_level": training.importance_sampling_level,
+        "entropy_coef": training.entropy_coef,
+        "use_adaptive_entropy": False,
         "scale_rewards": training.scale_rewards,
         "multi_objective_aggregation": training.multi_objective_aggregation,
         "reward_weights": list(recipe.data.rewards.values()),
@@ -160,9 +162,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     rewards = RewardRun(weights, training.num_generations, models, training.min_group_std, own_rewards)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
     prompts = training.generations * training.groups
-    dataset = grpo_dataset(
-        tokenizer, questions, model_block.max_length, training.max_completion_length, prompts, training.seed
-    )
+    order = training.seed if training.shuffle else None
+    dataset = grpo_dataset(tokenizer, questions, model_block.max_length, training.max_completion_length, prompts, order)
 
     clock = StepClock(rewards)
     callbacks: list[Any] = [clock, Guards(), OwnArguments()]
@@ -179,6 +180,11 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         def _generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in TRL
             with clock.generating():
                 return super()._generate(*args, **kwargs)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if "ref" in self.model.peft_config:  # beta > 0; that one is all that transformers loads
+                self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in transformers
             return dev.evaluate(self.model) if dev else super().evaluation_loop(*args, **kwargs)

@@ -179,9 +179,13 @@ class GRPOData(TrainingData):
 class GRPOTraining(Block):
     """How the GRPO stage trains.
 
+    ``shuffle: false`` asks the questions in the order of their file (``recipes/hard_questions.py --easy-first``).
     ``multi_objective_aggregation``: ``sum_then_normalize`` weighs and adds the rewards, then subtracts the group's mean
     and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
     standard deviation within the group first. ``min_group_std``: see :class:`malpyeong.training.rewards.RewardRun`.
+    ``importance_sampling_level: sequence`` is GSPO's ratio (with ``loss_type: grpo``). ``beta`` weighs the KL
+    divergence from the adapter that training starts from, ``entropy_coef`` an entropy bonus. ``scale_rewards: none``
+    with ``sum_then_normalize`` gives RLOO's advantages, times (n - 1) / n.
     ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
     on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's;
     with ``vllm_server``, the URL of a ``trl vllm-serve``, on other cards (docs/scaling.md).
@@ -194,6 +198,7 @@ class GRPOTraining(Block):
     report_to: Tracker = "none"
     seed: int = 0
     max_steps: int = Field(gt=0)
+    shuffle: bool = True
     learning_rate: float = Field(gt=0)
     lr_scheduler_type: Literal["constant_with_warmup", "linear"] = "constant_with_warmup"
     warmup_steps: int = Field(default=10, ge=0)
@@ -205,7 +210,10 @@ class GRPOTraining(Block):
     temperature: float = Field(default=1.0, gt=0)
     epsilon: float = Field(default=0.2, gt=0)
     epsilon_high: float = Field(default=0.28, gt=0)
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    beta: float = Field(default=0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0)
     scale_rewards: Literal["group", "batch", "none"] = "group"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "normalize_then_sum"
     min_group_std: float = Field(default=0.01, ge=0)
@@ -245,6 +253,16 @@ class GRPOTraining(Block):
             )
         if self.vllm_server and not self.use_vllm:
             raise ValueError("vllm_server: needs use_vllm=true")
+        if self.loss_type == "cispo" and self.epsilon_high < 1:
+            raise ValueError(
+                f"loss_type cispo cuts ratios at epsilon_high = {self.epsilon_high}, so that every token would count "
+                "less than fully; set epsilon_high=5"
+            )
+        if self.importance_sampling_level == "sequence" and self.loss_type not in ("grpo", "sapo"):
+            raise ValueError(
+                f"importance_sampling_level sequence has one ratio a completion, and loss_type {self.loss_type} weighs "
+                "tokens; set loss_type=grpo"
+            )
         for key in ("save_steps", "eval_steps"):
             if getattr(self, key) % self.num_iterations:
                 raise ValueError(

@@ -185,6 +185,7 @@ def estimate(
     rank: int = 64,
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     optim: str = "adamw_8bit",
+    reference_adapter: bool = False,
     gradient_checkpointing: bool = True,
     backend: Backend = "hf",
     scorer_bytes: int = 0,
@@ -205,6 +206,7 @@ def estimate(
         rank: of the LoRA adapter.
         targets: layers that the adapter is on.
         optim: the optimizer's name; an ``8bit`` one keeps two bytes a weight, others eight.
+        reference_adapter: whether the adapter's weights are held a second time, for a KL divergence (GRPO).
         gradient_checkpointing: keep only each block's input, and compute a block again when its gradient is due.
         backend: Unsloth moves the kept inputs to the computer's memory and never holds a micro-batch's logits.
         scorer_bytes: of the scorers' networks on the GPU.
@@ -220,7 +222,7 @@ def estimate(
     # and keeps it until the next.
     copied = dtype_bytes if dtype_bytes == 2 and (backend == "hf" or stage == "grpo") else 0
     lora = shape.lora_parameters(rank, targets)
-    adapter = lora * (4 + (2 if "8bit" in optim else 8) + copied)
+    adapter = lora * (4 + (2 if "8bit" in optim else 8) + copied + 4 * reference_adapter)
 
     tokens = batch_size * max_length
     block, passing = (tokens * size for size in _block_bytes(shape, rank, targets, dtype_bytes, backend))
@@ -324,6 +326,7 @@ def estimate_recipe(
         sizes = {
             "max_completion_length": recipe.training.max_completion_length,
             "completions": training.effective_batch_size,
+            "reference_adapter": recipe.training.beta > 0,
             "scorer_bytes": sum(SCORER_PARAMETERS[name] * width for name in needed) if on_card else 0,
         }
         if recipe.training.vllm_server:

@@ -39,7 +39,8 @@ class Guards(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
         """Count, and raise :class:`TrainingStoppedError` where a count is full."""
-        for reason, is_bad in _findings(logs or {}).items():
+        first_length = next((row["reason_length"] for row in state.log_history if "reason_length" in row), None)
+        for reason, is_bad in _findings(logs or {}, first_length).items():
             self._in_a_row[reason] = self._in_a_row.get(reason, 0) + 1 if is_bad else 0
             if self._in_a_row[reason] >= self._steps:
                 raise TrainingStoppedError(
@@ -47,8 +48,13 @@ class Guards(TrainerCallback):
                 )
 
 
-def _findings(logs: dict[str, Any]) -> dict[str, bool]:
-    """Return for each thing that this row tells about whether it is wrong."""
+def _findings(logs: dict[str, Any], first_length: float | None) -> dict[str, bool]:
+    """Return for each thing that this row tells about whether it is wrong.
+
+    Args:
+        logs: a logged row.
+        first_length: ``reason_length`` of the first row that has it.
+    """
     found = {}
     numbers = [float(logs[key]) for key in ("loss", "grad_norm") if logs.get(key) is not None]
     if numbers:
@@ -65,6 +71,11 @@ def _findings(logs: dict[str, Any]) -> dict[str, bool]:
             "cut off more than half of the completions; raise training.max_completion_length, or train SFT longer: "
             "the model has not learnt to stop"
         ] = clipped > 0.5
+    if first_length is not None and (length := logged(logs, "reason_length")) is not None:
+        found[
+            "had reasons of less than half the length that they had at first; raise the weights of the reason's "
+            "rewards (rouge_1, bertscore, bleurt), or lower training.learning_rate"
+        ] = length < first_length / 2
     return found
 
 
@@ -186,6 +197,7 @@ _SHOWN = {
     "dead_groups": "dead groups",
     "completions/mean_length": "tokens",
     "completions/clipped_ratio": "cut off",
+    "reason_length": "reason / gold",
     "grad_norm": "gradient",
     "step_seconds": "seconds",
     "generate_seconds": "sampling",

@@ -130,14 +130,13 @@ def grpo_dataset(
     max_length: int,
     max_completion_length: int,
     prompts: int,
-    seed: int,
+    seed: int | None,
 ) -> "Dataset":
     """Return ``prompt`` (chat messages), ``reference`` (the gold answer) and ``record_id``, in training order; where
     the model chooses, also ``candidates`` and ``gains``: the rules of the prompt and how much each helps.
 
-    Rules and examples that do not fit are left out, and counted on the screen. The order is drawn here for the whole
-    run, pass after pass over the records, because TRL's sampler starts its first pass again when a run is resumed in a
-    later one.
+    The order is drawn here for the whole run, pass after pass over the records, because TRL's sampler starts its first
+    pass again when a run is resumed in a later one.
 
     Args:
         tokenizer: to count tokens.
@@ -145,15 +144,15 @@ def grpo_dataset(
         max_length: limit of prompt and completion together, in tokens.
         max_completion_length: tokens that a completion may have.
         prompts: how many prompts the run uses.
-        seed: of the order.
+        seed: of the order; None for the file's.
 
     Raises:
-        InputError: a prompt and a completion of full length have more than ``max_length`` tokens together.
+        InputError: as :func:`grpo_prompts`.
     """
     from datasets import Dataset
 
     records = questions.records
-    asked = _prompts(tokenizer, questions, [max_length - max_completion_length] * len(records))
+    asked = grpo_prompts(tokenizer, questions, max_length, max_completion_length)
     rows: list[dict[str, Any]] = [
         {"prompt": prompt.messages, "reference": record.answer, "record_id": record.id}
         for prompt, record in zip(asked, records, strict=True)
@@ -162,12 +161,25 @@ def grpo_dataset(
         for row, labels, prompt in zip(rows, questions.labels, asked, strict=True):
             rules = prompt.context.rules
             row |= {"candidates": [rule.id for rule in rules], "gains": labels.of(rules)}
-    check_lengths(records, [len(prompt.ids) + max_completion_length for prompt in asked], max_length)
     rng = random.Random(seed)
     order: list[dict[str, Any]] = []
     while len(order) < prompts:
-        order += rng.sample(rows, len(rows))
+        order += rows if seed is None else rng.sample(rows, len(rows))
     return Dataset.from_list(order[:prompts])
+
+
+def grpo_prompts(
+    tokenizer: "PreTrainedTokenizerBase", questions: Questions, max_length: int, max_completion_length: int
+) -> list[Prompt]:
+    """Return each question's prompt; rules and examples that do not fit are left out, and counted on the screen.
+
+    Raises:
+        InputError: a prompt and a completion of full length have more than ``max_length`` tokens together.
+    """
+    records = questions.records
+    asked = _prompts(tokenizer, questions, [max_length - max_completion_length] * len(records))
+    check_lengths(records, [len(prompt.ids) + max_completion_length for prompt in asked], max_length)
+    return asked
 
 
 def _prompts(tokenizer: "PreTrainedTokenizerBase", questions: Questions, limits: Sequence[int]) -> list[Prompt]:

@@ -12,7 +12,7 @@ import runpy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from malpyeong.contest.answer import contest_split, format_problem
 from malpyeong.errors import InputError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Completion = str | list[dict[str, str]]
 Rewards = list[float | None]
 RewardFunction = Callable[..., Rewards]
+Number = TypeVar("Number", float, float | None)
 
 
 def completion_text(completion: Completion) -> str:
@@ -152,6 +153,12 @@ def _of_reasons(
     return rewards
 
 
+def _reason_lengths(completions: Sequence[Completion], reference: Sequence[str]) -> list[float]:
+    pairs = zip(map(completion_text, completions), reference, strict=True)
+    reasons = [(contest_split(text)[1], contest_split(gold)[1]) for text, gold in pairs if format_problem(text) is None]
+    return [len(reason) / len(gold) for reason, gold in reasons if gold]
+
+
 REWARDS: dict[str, RewardFunction] = {
     "format": format,
     "exact_match": exact_match,
@@ -237,14 +244,14 @@ def _checked(name: str, function: Callable[..., Any]) -> RewardFunction:
     return call
 
 
-def _of_all_processes(rewards: Rewards) -> tuple[Rewards, int]:
-    """Return the rewards of all processes, over which a group may be spread, and where this one's begin."""
+def _of_all_processes(numbers: list[Number]) -> tuple[list[Number], int]:
+    """Return the numbers of all processes, over which a group may be spread, and where this one's begin."""
     if processes() == 1:
-        return rewards, 0
+        return numbers, 0
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    return gather_object(rewards), PartialState().process_index * len(rewards)
+    return gather_object(numbers), PartialState().process_index * len(numbers)
 
 
 class RewardRun:
@@ -255,6 +262,7 @@ class RewardRun:
 
     - ``dead_groups``: share of groups whose completions all earn the same in every reward; nothing is learnt.
     - ``group_std/NAME``: standard deviation of a component within a group, mean over the groups.
+    - ``reason_length``: median of characters of the reason over those of the gold's, of well-formed answers.
 
     TRL writes every logged step's completions to a table; the record's id, question and gold answer are added to it.
 
@@ -308,7 +316,10 @@ class RewardRun:
             self._step[name] = rewards
             if name == list(self._weights)[-1]:
                 if log_metric is not None:
-                    for key, value in self._statistics().items():
+                    figures = self._statistics()
+                    if lengths := _of_all_processes(_reason_lengths(judged, columns["reference"]))[0]:
+                        figures["reason_length"] = statistics.median(lengths)
+                    for key, value in figures.items():
                         log_metric(key, value)
                 if log_extra is not None:
                     log_extra("question", [prompt[-1]["content"] for prompt in columns["prompts"]])

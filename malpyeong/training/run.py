@@ -85,19 +85,9 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path
         InputError: see :func:`check_run`; or the recipe's adapter is none.
     """
     output = Path(recipe.training.output)
-    files = {name: getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels")}
-    made_of: dict[str, Path | list[Path] | str] = {f"data.{name}": Path(path) for name, path in files.items() if path}
     if recipe.model.adapter:
         check_adapter(recipe.model.adapter)
-        made_of["model.adapter"] = adapter_folder(recipe.model.adapter) / "adapter_model.safetensors"
-    made_of["model.name"] = recipe.model.name
-    scorers = getattr(recipe.data, "scorers", None)
-    for name in ("bertscore", "bleurt"):
-        if scorer := getattr(scorers, name, None):
-            made_of[f"data.scorers.{name}"] = scorer
-    for name, file in getattr(recipe.data, "own_rewards", {}).items():
-        made_of[f"data.rewards.{name}"] = Path(file)
-    inputs = digests(made_of)
+    inputs = inputs_of(recipe)
     checkpoint = check_run(output, recipe, inputs, resume)
     if run_has_ended(output, recipe):
         click.echo(f"{output / 'adapter'}: this run has ended already")
@@ -106,6 +96,22 @@ def open_run(recipe: SFTRecipe | GRPORecipe, resume: bool) -> tuple[Inputs, Path
         for folder in {checkpoint, best_checkpoint(checkpoint)}:
             check_whole(folder)
     return inputs, checkpoint
+
+
+def inputs_of(recipe: SFTRecipe | GRPORecipe) -> Inputs:
+    """Return the digests of what a recipe's run is made from, by the recipe's key."""
+    files = {name: getattr(recipe.data, name, None) for name in ("train", "dev", "context", "labels")}
+    made_of: dict[str, Path | list[Path] | str] = {f"data.{name}": Path(path) for name, path in files.items() if path}
+    if recipe.model.adapter:
+        made_of["model.adapter"] = adapter_folder(recipe.model.adapter) / "adapter_model.safetensors"
+    made_of["model.name"] = recipe.model.name
+    scorers = getattr(recipe.data, "scorers", None)
+    for name in ("bertscore", "bleurt"):
+        if scorer := getattr(scorers, name, None):
+            made_of[f"data.scorers.{name}"] = scorer
+    for name, file in getattr(recipe.data, "own_rewards", {}).items():
+        made_of[f"data.rewards.{name}"] = Path(file)
+    return digests(made_of)
 
 
 def check_run(output: Path, recipe: Block, inputs: Inputs, resume: bool) -> Path | None:

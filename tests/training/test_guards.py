@@ -6,12 +6,13 @@ import pytest
 
 from malpyeong.training.callbacks import Guards, TrainingStoppedError
 
-GOOD = {"loss": 0.1, "grad_norm": 1.0, "dead_groups": 0.5, "completions/clipped_ratio": 0.5}
+GOOD = {"loss": 0.1, "grad_norm": 1.0, "dead_groups": 0.5, "completions/clipped_ratio": 0.5, "reason_length": 0.9}
 
 
 def feed(guards, *rows):
     for step, row in enumerate(rows, 1):
-        guards.on_log(None, SimpleNamespace(global_step=step), None, logs=row)
+        state = SimpleNamespace(global_step=step, log_history=[GOOD, *rows[:step]])  # as TRL has it
+        guards.on_log(None, state, None, logs=row)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,7 @@ def feed(guards, *rows):
         ({"grad_norm": float("inf")}, "not a number"),
         ({"dead_groups": 1.0}, "only dead groups"),
         ({"completions/clipped_ratio": 0.51}, "raise training.max_completion_length"),
+        ({"reason_length": 0.44}, "less than half the length that they had at first"),
     ],
 )
 def test_the_same_trouble_three_times_in_a_row_stops(bad, message):

@@ -76,3 +76,47 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(tmp_path, run_module):
     assert run_module(*RECIPE, f"data.train={train}", "-o", tmp_path / "a.json", "--share", "0").returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
     assert train.read_bytes() == before
+
+
+def rates(tmp_path, *arguments):
+    files = (f"data.train={tmp_path / 'train.json'}", "-o", tmp_path / "band.json")
+    return (*RECIPE, *files, "--samples", "2", "training.max_completion_length=4", "--pass-rate", *arguments)
+
+
+def test_pass_rates_are_measured_once_kept_and_gone_on_with(tmp_path, run_module):
+    write_records(tmp_path / "train.json", RECORDS)
+    file = tmp_path / "band.rates.jsonl"
+    assert run_module(*rates(tmp_path, 0.1, 0.9)).returncode == 2  # of the base, which never answers well
+    whole = file.read_text("utf-8")
+    header, *pieces = map(json.loads, whole.splitlines())
+    assert header["samples"] == 2
+    assert {piece["id"]: piece["right"] for piece in pieces} == {record.id: 0 for record in RECORDS}
+
+    file.write_text("\n".join(whole.splitlines()[:6]) + '\n{"id": "to', "utf-8")  # as a kill leaves it
+    assert run_module(*rates(tmp_path, 0, 0)).returncode == 0
+    assert sorted(file.read_text("utf-8").splitlines()) == sorted(whole.splitlines())
+    assert load_records(tmp_path / "band.json", answers="gold") == RECORDS
+
+    result = run_module(*rates(tmp_path, 0, 0), "training.temperature=0.5")
+    assert result.returncode == 2
+    assert "temperature" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_band_leaves_out_what_is_always_and_what_is_never_right(tmp_path, run_module):
+    write_records(tmp_path / "train.json", RECORDS)
+    assert run_module(*rates(tmp_path, 0, 0)).returncode == 0
+    file = tmp_path / "band.rates.jsonl"
+    header = file.read_text("utf-8").splitlines()[0]
+    right = {record.id: row % 3 for row, record in enumerate(RECORDS)}
+    pieces = [json.dumps({"id": id_, "right": count}) for id_, count in right.items()]
+    file.write_text("\n".join([header, *pieces]) + "\n", "utf-8")
+
+    assert run_module(*rates(tmp_path, 0.1, 0.9)).returncode == 0
+    kept = [record.id for record in load_records(tmp_path / "band.json", answers="gold")]
+    assert kept == [record.id for record in RECORDS if right[record.id] == 1]
+    result = run_module(*rates(tmp_path, 0.5, 1), "--easy-first")
+    assert result.returncode == 0, result.stderr
+    kept = [record.id for record in load_records(tmp_path / "band.json", answers="gold")]
+    assert [right[id_] for id_ in kept] == sorted((count for count in right.values() if count), reverse=True)
+    assert run_module(*RECIPE, "-o", tmp_path / "a.json", "--easy-first").returncode == 2

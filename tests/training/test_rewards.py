@@ -187,6 +187,7 @@ def test_dead_groups_and_group_std_are_logged_whatever_the_batch_looks_like(mode
     run, found, logged = run_rewards(weights, completions, 4, models=models)
     assert [function.__name__ for function in run.functions] == list(weights)
     assert logged["dead_groups"] == 0.5
+    assert logged["reason_length"] == 1  # of the well-formed answers
     assert logged["group_std/format"] == pytest.approx(statistics.stdev([1, 1, 0, 1]) / 2)
     assert logged["group_std/exact_match"] == pytest.approx(statistics.stdev([1, 0, 0, 1]) / 2)
     assert run.seconds > 0
