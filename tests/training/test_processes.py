@@ -135,7 +135,7 @@ def test_sft_of_two_processes_is_that_of_one(data, tmp_path):
     logs = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        size = ("training.batch_size=4", "training.epochs=2", "training.eval_steps=2", "training.logging_steps=1")
+        size = ("training.batch_size=2", "training.epochs=1", "training.eval_steps=2", "training.logging_steps=1")
         finished(run(processes, "recipes/sft.py", "recipes/tiny/sft.yaml", *files(data, output), *size))
         logs.append(json.loads((output / "log.json").read_text("utf-8")))
     for a, b in zip(*logs, strict=True):
