@@ -73,7 +73,9 @@ def load_gguf(path: Path) -> Any:  # noqa: ANN401 -- a transformers model
 
     folder, config = str(path.parent), AutoConfig.from_pretrained(path.parent)  # of GGUF's keys transformers knows some
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, config=config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=path.name, config=config, dtype=torch.float32
+        )
     except Exception as error:  # whatever it meets in a file that another program wrote
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
