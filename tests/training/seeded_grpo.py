@@ -30,11 +30,7 @@ class SeededDraw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
-_generate, _single_turn, place = # Of several processes on a CPU, accelerate calls the device cpu:0, to which torch.load cannot map an optimizer's state.
-torch.serialization.register_package(
-    0, lambda _: None, lambda storage, location: storage if location.startswith("cpu:") else None
-)
-GenerationMixin.generate, GRPOTrainer._generate_single_turn, [0, 0]
+_generate, _single_turn, place = GenerationMixin.generate, GRPOTrainer._generate_single_turn, [0, 0]
 
 
 def generate(self, *args, **kwargs):
@@ -48,6 +44,10 @@ def single_turn(self, prompt_ids, *rest):
     return _single_turn(self, prompt_ids, *rest)
 
 
+# Of several processes on a CPU, accelerate calls the device cpu:0, to which torch.load cannot map an optimizer's state.
+torch.serialization.register_package(
+    0, lambda _: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 GenerationMixin.generate, GRPOTrainer._generate_single_turn = generate, single_turn
 sys.argv[0] = str(Path(__file__).parents[2] / "recipes" / "grpo.py")
 runpy.run_path(sys.argv[0], run_name="__main__")
