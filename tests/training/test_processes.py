@@ -86,7 +86,7 @@ def test_one_process_with_8_completions_is_two_with_4_and_each_resumes_as_the_ot
         for a, b in zip(left, right, strict=True):
             for key in ("record_id", "completion"):
                 assert a[key] == b[key], step
-            for key in ("rouge_1", "advantage"):
+            for key in ("vowels", "rouge_1", "advantage"):
                 assert a[key] == pytest.approx(b[key], abs=1e-4), (step, key)
     for a, b in zip(steps_of(one), steps_of(two), strict=True):
         for key in ("loss", "grad_norm", "reward", "dead_groups", "group_std/rouge_1", "completions/mean_length"):
