@@ -41,7 +41,7 @@ from malpyeong.training.data import grpo_dataset, load_questions, load_train, wi
 from malpyeong.training.preview import preview
 from malpyeong.training.rewards import RewardRun, functions_of, load_models
 from malpyeong.training.run import open_run
-from malpyeong.training.session import announce_compilation, precision, recorded, trackers
+from malpyeong.training.session import announce_compilation, batches, precision, recorded, trackers
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
@@ -58,10 +58,9 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.lr_scheduler_type,
         "warmup_steps": training.warmup_steps,
-        "per_device_train_batch_size": training.batch_size,
+        **batches(training),
         "per_device_eval_batch_size": training.batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "steps_per_generation": training.gradient_accumulation_steps,
+        "steps_per_generation": batches(training)["gradient_accumulation_steps"],  # all of a step's completions
         "num_generations": training.num_generations,
         "num_iterations": training.num_iterations,
         "max_completion_length": training.max_completion_length,
@@ -84,7 +83,8 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "shuffle_dataset": False,  # shuffled in grpo_dataset, so that a resumed run sees the same order
         "disable_dropout": True,
         "use_vllm": training.use_vllm,
-        "vllm_mode": "colocate",
+        "vllm_mode": "server" if training.vllm_server else "colocate",
+        "vllm_server_base_url": training.vllm_server,
         "vllm_gpu_memory_utilization": VLLM_SHARE,
         "vllm_max_model_length": model_block.max_length,
         "vllm_importance_sampling_correction": True,
@@ -153,6 +153,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     from malpyeong.training.preflight import check
 
     check(recipe, backend)
+    stated = arguments(recipe, backend)
+    config = GRPOConfig(**stated)  # before models: it says which card is this process's, and shards weights
+    expected = expected_arguments(config, stated)
     models = load_models(recipe.data.scorer_models, recipe.data.scorers)
     for name, scorer in models.items():
         click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
@@ -186,9 +189,6 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in transformers
             return dev.evaluate(self.model) if dev else super().evaluation_loop(*args, **kwargs)
 
-    stated = arguments(recipe, backend)
-    config = GRPOConfig(**stated)
-    expected = expected_arguments(config, stated)
     trainer = ScoredTrainer(
         model=model,
         reward_funcs=rewards.functions,

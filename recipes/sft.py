@@ -29,7 +29,7 @@ from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.data import load_questions, load_train, sft_dataset, with_prompt_data
 from malpyeong.training.preview import preview
 from malpyeong.training.run import open_run
-from malpyeong.training.session import announce_compilation, precision, recorded, trackers
+from malpyeong.training.session import announce_compilation, batches, precision, recorded, trackers
 
 
 def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
@@ -46,9 +46,8 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": training.warmup_steps,
-        "per_device_train_batch_size": training.batch_size,
+        **batches(training),
         "per_device_eval_batch_size": training.batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": training.optim,
@@ -116,6 +115,9 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     from malpyeong.training.preflight import check
 
     check(recipe, backend)
+    stated = arguments(recipe, backend)
+    config = SFTConfig(**stated)  # before models: it says which card is this process's, and shards weights
+    expected = expected_arguments(config, stated)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing)
     datasets = {name: sft_dataset(tokenizer, split, model_block.max_length) for name, split in splits.items()}
 
@@ -138,9 +140,6 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
                 result.metrics.update(dev.evaluate(self.model).metrics)
             return result
 
-    stated = arguments(recipe, backend)
-    config = SFTConfig(**stated)
-    expected = expected_arguments(config, stated)
     trainer = ScoredTrainer(
         model=model,
         args=config,

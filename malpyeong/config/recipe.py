@@ -197,7 +197,8 @@ class GRPOTraining(Block):
     divergence from the adapter that training starts from, ``entropy_coef`` an entropy bonus. ``scale_rewards: none``
     with ``sum_then_normalize`` gives RLOO's advantages, times (n - 1) / n.
     ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
-    on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's.
+    on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's;
+    with ``vllm_server``, the URL of a ``trl vllm-serve``, on other cards (docs/scaling.md).
     With ``data.dev`` the contest's score of its answers is measured every ``eval_steps``, where a checkpoint is written
     (``save_steps`` is for runs without), and the best adapter is kept; training stops when it has not risen for
     ``patience`` times.
@@ -228,6 +229,7 @@ class GRPOTraining(Block):
     min_group_std: float = Field(default=0.01, ge=0)
     mask_truncated_completions: bool = False
     use_vllm: bool = False
+    vllm_server: str | None = None
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     optim: str = "adamw_8bit"
@@ -259,6 +261,8 @@ class GRPOTraining(Block):
                 f"batch_size × gradient_accumulation_steps = {self.effective_batch_size} completions a step is not a "
                 f"multiple of num_generations = {self.num_generations}"
             )
+        if self.vllm_server and not self.use_vllm:
+            raise ValueError("vllm_server: needs use_vllm=true")
         if self.loss_type == "cispo" and self.epsilon_high < 1:
             raise ValueError(
                 f"loss_type cispo cuts ratios at epsilon_high = {self.epsilon_high}, so that every token would count "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -23,6 +24,7 @@ from malpyeong.decoding.answers import predict, repaired
 from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.files import write_text
 from malpyeong.metrics.aggregate import METRICS
+from malpyeong.models.environment import is_main_process
 from malpyeong.prompts.messages import fit_prompts, left_out
 from malpyeong.prompts.rule_choice import split_choice
 from malpyeong.tasks import grammar
@@ -94,7 +96,7 @@ class DevScores(TrainerCallback):
         """Answer and score."""
         with _answering(model):
             engine = TransformersEngine(model, self._tokenizer, self._decoding)
-            answers = dict(predict(engine, self._prompts, self._batch_size))
+            answers = dict(predict(engine, self._prompts, self._batch_size))  # several processes: all of it in each
         if self._tagged:
             answers = {row: split_choice(answer)[1] for row, answer in answers.items()}
         given = [record.with_answer(answers[row]) for row, record in enumerate(self._records)]
@@ -108,7 +110,8 @@ class DevScores(TrainerCallback):
             row["reason_median_chars"] = float(median(reasons))
         else:
             self._columns = (*row, "score")
-        return {**row, "score": score}
+        row["score"] = score
+        return dict(broadcast_object_list([row])[0])  # all processes decide by the same
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Let the last step be scored too."""
@@ -122,11 +125,15 @@ class DevScores(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Write ``best.json``."""
+        if not is_main_process():
+            return
         best = {"step": state.best_global_step, "score": state.best_metric, "by": self.name}
         best["start"] = self._start.get("score")
         write_text(self._output / "best.json", json.dumps(best, ensure_ascii=False, indent=1) + "\n")
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        if not is_main_process():
+            return
         rows = [row for row in (self._start, *rows) if row]
         shown = [{key: row.get(key) for key in ("step", *self._columns)} for row in rows]
         write_text(self._output / "scores.json", json.dumps(shown, indent=1) + "\n")

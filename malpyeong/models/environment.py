@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,14 +18,29 @@ _COMPILED_WITH = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl")
 def prepare_environment() -> None:
     """Set environment variables that are read once, early; what the user has set stays.
 
-    - ``CUDA_VISIBLE_DEVICES=0``: the recipes are for one GPU. Where there are two (Kaggle's T4s) the trainer would
+    - ``CUDA_VISIBLE_DEVICES=0``: one process trains on one GPU. Where there are two (Kaggle's T4s) the trainer would
       otherwise spread the batch over both, which neither 4-bit weights nor Unsloth can do.
     - ``UNSLOTH_DISABLE_STATISTICS``: Unsloth would ask the hub for a file to count its users, and waits when offline.
     - Where compiled code is kept: see :func:`keep_compiled_code`.
+
+    Of several processes only the first one prints.
     """
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if processes() == 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if not is_main_process():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 -- until the process ends
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     keep_compiled_code()
+
+
+def processes() -> int:
+    """Return how many processes train together, as ``accelerate launch`` and ``torchrun`` say."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that writes and prints: the only one, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def keep_compiled_code() -> Path:

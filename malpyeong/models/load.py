@@ -21,7 +21,7 @@ from malpyeong.models.adapter import (
     check_target_modules,
     put_adapter,
 )
-from malpyeong.models.environment import keep_compiled_code, version_problems
+from malpyeong.models.environment import keep_compiled_code, processes, version_problems
 from malpyeong.models.memory import VLLM_SHARE, Backend
 from malpyeong.models.tokenizer import load_tokenizer, not_found, tokenizer_of
 
@@ -39,11 +39,15 @@ def choose_backend(model: "ModelBlock") -> Backend:
     """Return ``unsloth`` or ``hf`` for this machine and configuration.
 
     Raises:
-        InputError: Unsloth is asked for where it is not installed or there is no GPU, or for float32, which it does not
-            compute in, or other packages' versions are such that it would not work.
+        InputError: Unsloth is asked for where it is not installed or there is no GPU, or for several processes, or for
+            float32, which it does not compute in, or other packages' versions are such that it would not work.
     """
     import torch
 
+    if processes() > 1:
+        if model.backend == "unsloth":
+            raise InputError("model.backend is unsloth, which trains in one process; set model.backend=hf")
+        return "hf"
     if model.backend == "unsloth" and model.dtype == "float32":
         raise InputError(
             "model.dtype is float32, but Unsloth computes in 16 bits; set model.dtype=auto, or set model.backend=hf"
@@ -175,7 +179,7 @@ def load_base(name: str, dtype: "torch.dtype", load_in_4bit: bool = False) -> "P
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+        options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:

@@ -329,7 +329,9 @@ def estimate_recipe(
             "reference_adapter": recipe.training.beta > 0,
             "scorer_bytes": sum(SCORER_PARAMETERS[name] * width for name in needed) if on_card else 0,
         }
-        if recipe.training.use_vllm:
+        if recipe.training.vllm_server:
+            sizes["completions"] = 0  # sampled on another card
+        elif recipe.training.use_vllm:
             sizes["vllm_bytes"] = int(VLLM_SHARE * (gib or USABLE_GIB[recipe.gpu or "24gb"]) * GIB)
     return estimate(
         shape,

@@ -12,13 +12,14 @@ import runpy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from malpyeong.contest.answer import contest_split, format_problem
 from malpyeong.errors import InputError
 from malpyeong.metrics.aggregate import final_scores
 from malpyeong.metrics.exact_match import exact_match as score_exact_match
 from malpyeong.metrics.rouge import rouge_1 as score_rouge_1
+from malpyeong.models.environment import processes
 from malpyeong.prompts.rule_choice import choice_reward, split_choice
 from malpyeong.tasks.task import Task
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Completion = str | list[dict[str, str]]
 Rewards = list[float | None]
 RewardFunction = Callable[..., Rewards]
+Number = TypeVar("Number", float, float | None)
 
 
 def completion_text(completion: Completion) -> str:
@@ -268,6 +270,16 @@ def _checked(name: str, function: Callable[..., Any]) -> RewardFunction:
     return call
 
 
+def _of_all_processes(numbers: list[Number]) -> tuple[list[Number], int]:
+    """Return the numbers of all processes, over which a group may be spread, and where this one's begin."""
+    if processes() == 1:
+        return numbers, 0
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    return gather_object(numbers), PartialState().process_index * len(numbers)
+
+
 class RewardRun:
     """The reward functions of one run, which also log what TRL's own log hides.
 
@@ -324,13 +336,14 @@ class RewardRun:
             judged = completions
             if "candidates" in columns and name != "choice":  # the answer is what follows it
                 judged = [split_choice(completion_text(completion))[1] for completion in completions]
-            rewards = function(completions=judged, **columns, **self._models)
+            own = function(completions=judged, **columns, **self._models)
             self.seconds += time.perf_counter() - start
+            rewards, first = _of_all_processes(own)
             self._step[name] = rewards
             if name == list(self._weights)[-1]:
                 if log_metric is not None:
                     figures = self._statistics()
-                    if lengths := _reason_lengths(judged, columns["reference"]):
+                    if lengths := _of_all_processes(_reason_lengths(judged, columns["reference"]))[0]:
                         figures["reason_length"] = statistics.median(lengths)
                     for key, value in figures.items():
                         log_metric(key, value)
@@ -339,7 +352,7 @@ class RewardRun:
                     for key in ("record_id", "reference"):
                         log_extra(key, list(columns[key]))
                 self._step = {}
-            return self._without_noise(rewards)
+            return self._without_noise(rewards)[first : first + len(own)]
 
         return call
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from malpyeong.config.recipe import Block, GRPORecipe, SFTRecipe
 from malpyeong.errors import InputError
 from malpyeong.files import digest, new_folder, write_text
 from malpyeong.models.adapter import adapter_folder, check_adapter
+from malpyeong.models.environment import processes
 from malpyeong.models.load import weight_files_digest
 from malpyeong.models.tokenizer import save_tokenizer
 
@@ -245,7 +247,7 @@ def last_checkpoint(output: Path) -> Path | None:
         try:
             json.loads((folder / "trainer_state.json").read_text("utf-8"))
         except (OSError, ValueError):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=processes() > 1)  # which another process may be removing
         else:
             return folder
     return None
@@ -261,7 +263,10 @@ def check_whole(checkpoint: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     weights = list(checkpoint.rglob("*.safetensors")) or [checkpoint / "adapter_model.safetensors"]
-    for path in (*weights, *(checkpoint / name for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))):
+    states = [*checkpoint.glob("rng_state_*.pth")] or [checkpoint / "rng_state.pth"]  # of several processes, or of one
+    if not [*checkpoint.glob("global_step*"), *checkpoint.glob("optimizer_*"), *checkpoint.glob("optimizer.bin")]:
+        states += [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]  # else an engine's own (ZeRO, FSDP)
+    for path in (*weights, *states):
         try:
             if path in weights:
                 with safe_open(path, "numpy"):
@@ -273,6 +278,11 @@ def check_whole(checkpoint: Path) -> None:
                 f"{path}: cannot be read ({error}); copy the checkpoint again, or remove {checkpoint.name} to go on "
                 "from an earlier one or from the start"
             ) from None
+
+
+def random_state() -> str:
+    """Return the name of the file in a checkpoint that holds this process's random state."""
+    return "rng_state.pth" if processes() == 1 else f"rng_state_{os.environ['RANK']}.pth"
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -324,6 +334,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 def finish_run(
     output: Path,
     model: Any,  # noqa: ANN401 -- a PeftModel
+    weights: Mapping[str, Any],
     tokenizer: Any,  # noqa: ANN401 -- a transformers tokenizer
     base: str,
     log: Sequence[Mapping[str, Any]],
@@ -333,6 +344,7 @@ def finish_run(
     Args:
         output: the run's folder.
         model: the trained model.
+        weights: :func:`trained_weights` of it.
         tokenizer: saved beside the adapter.
         base: name of the base model, recorded in the adapter (Unsloth puts a quantised copy's name there).
         log: what the trainer logged. The last row, of the whole run, is left out: of a run that was resumed its figures
@@ -345,13 +357,24 @@ def finish_run(
     steps = [row for row in log if "train_runtime" not in row]
     write_text(output / "log.json", json.dumps(steps, ensure_ascii=False, indent=1) + "\n")
     with new_folder(output / "adapter") as folder:
-        model.save_pretrained(folder, selected_adapters=["default"])
+        model.save_pretrained(folder, selected_adapters=["default"], state_dict=dict(weights))
         save_tokenizer(tokenizer, folder)
 
 
 def trained_weights(model: Any) -> dict[str, Any]:  # noqa: ANN401 -- a PeftModel or any torch module
-    """Return the weights that are trained, name → tensor."""
-    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    """Return the weights that are trained, name → tensor; where each process holds a part, all of them must call."""
+    return {name: _whole(tensor) for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def _whole(parameter: Any) -> Any:  # noqa: ANN401 -- torch tensors
+    if hasattr(parameter, "full_tensor"):  # FSDP2
+        return parameter.detach().full_tensor()
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
 
 
 def weights_digest(weights: Mapping[str, Any]) -> str:

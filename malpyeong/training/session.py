@@ -1,6 +1,7 @@
 """A training session: what both training scripts do before and after ``trainer.train``."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.config.recipe import GRPORecipe, GRPOTraining, SFTRecipe, SFTTraining
 from malpyeong.errors import InputError
 from malpyeong.files import writing
-from malpyeong.models.environment import keep_compiled_code
+from malpyeong.models.environment import is_main_process, keep_compiled_code, processes
 from malpyeong.models.load import pick_dtype
 from malpyeong.models.memory import Backend
 from malpyeong.training.run import (
@@ -20,7 +21,9 @@ from malpyeong.training.run import (
     best_checkpoint,
     finish_run,
     is_last,
+    random_state,
     start_run,
+    step_of,
     trained_weights,
     weights_digest,
 )
@@ -39,6 +42,26 @@ def precision(dtype: str) -> dict[str, Any]:
         "bf16": chosen == torch.bfloat16,
         "fp16": chosen == torch.float16,
         "use_cpu": not torch.accelerator.is_available(),
+    }
+
+
+def batches(training: SFTTraining | GRPOTraining) -> dict[str, int]:
+    """Return the trainer's arguments that make a recipe's effective batch size, however many processes share it.
+
+    Raises:
+        InputError: it cannot be shared evenly.
+    """
+    batch, accumulation, count = training.batch_size, training.gradient_accumulation_steps, processes()
+    fewer_steps = math.gcd(accumulation, count)
+    smaller = count // fewer_steps
+    if batch % smaller:
+        raise InputError(
+            f"training.batch_size × gradient_accumulation_steps = {batch} × {accumulation} cannot be shared evenly by "
+            f"{count} processes; set training.gradient_accumulation_steps={accumulation * smaller}"
+        )
+    return {
+        "per_device_train_batch_size": batch // smaller,
+        "gradient_accumulation_steps": accumulation // fewer_steps,
     }
 
 
@@ -104,6 +127,7 @@ def recorded(
         TrainingStoppedError: nothing was learnt (see ``malpyeong.training.callbacks``).
         InputError: the run's folder cannot be written (any more).
     """
+    from accelerate.utils import set_seed
     from transformers import TrainerState
 
     from malpyeong.training.callbacks import check_learnt
@@ -111,10 +135,14 @@ def recorded(
     output = Path(recipe.training.output)
     keep_adapter_in_float32(trainer.model)
     before = weights_digest(trained_weights(trainer.model))
-    start_run(output, recipe, inputs)
+    if is_main_process():
+        start_run(output, recipe, inputs)
     if checkpoint is not None:
         click.echo(f"resuming from {checkpoint}")
         go_on_counting(trainer, checkpoint)
+        if not (checkpoint / random_state()).exists():
+            click.echo("the checkpoint is of another number of processes: random numbers start again")
+            set_seed(recipe.training.seed + step_of(checkpoint), device_specific=True)
     with writing(output):
         if checkpoint is not None and is_last(checkpoint, getattr(recipe.training, "max_steps", None)):
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -122,7 +150,9 @@ def recorded(
             yield False
         else:
             yield True
-        log = trainer.state.log_history
-        check_learnt(trained_weights(trainer.model), before, log)
+        log, weights = trainer.state.log_history, trained_weights(trainer.model)
+        check_learnt(weights, before, log)
         tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it
-        finish_run(output, trainer.model, tokenizer, recipe.model.name, log)
+        if is_main_process():
+            finish_run(output, trainer.model, weights, tokenizer, recipe.model.name, log)
+        trainer.accelerator.wait_for_everyone()
