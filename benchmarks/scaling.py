@@ -11,6 +11,7 @@ from dataclasses import replace
 import click
 
 from malpyeong.models.memory import GIB, RESERVE, SHAPES, ModelShape, estimate
+from malpyeong.terminal import Command
 
 CARDS = (1, 2, 4, 8, 16, 32, 64)
 # Qwen3's and Llama 3's published shapes beside those that the package knows.
@@ -62,7 +63,7 @@ def seconds(shape: ModelShape, cards: int) -> tuple[float, float, float]:
     return sampling, update, gathered / (NVLINK if cards <= 8 else NETWORK)
 
 
-@click.command()
+@click.command(cls=Command)
 def main() -> None:
     """Print a table: GiB of a card (! where 80 GB do not suffice) / seconds of a step / completions an hour."""
     click.echo("| model | " + " | ".join(f"{cards}" for cards in CARDS) + " |")

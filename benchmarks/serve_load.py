@@ -17,6 +17,7 @@ import httpx
 
 from malpyeong.contest.records import load_records
 from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.terminal import Command
 
 
 def peak_mib(pid: int) -> float:
@@ -89,7 +90,7 @@ def measure(model: str, requests: int, rounds: int, *options: str) -> tuple[list
     return found, peaks
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", default=str(TINY_BASE))
 @click.option("--requests", default=400, show_default=True)
 @click.option("--rounds", default=2, show_default=True)

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]
 # Of other programs.
-OTHERS = {"accelerate", "trl", "hf", "pip", "docker", "export", "cd", "nvidia-smi", "git", "source", "apt-get"} | {"ollama"}
+OTHERS = {
     "accelerate",
     "trl",
     "hf",
