@@ -250,7 +250,7 @@ def main(recipe: GRPORecipe, reward_model: Path) -> None:
     from malpyeong.decoding.dev import DevScores
     from malpyeong.training.callbacks import progress_line
     from malpyeong.training.data import grpo_dataset, load_questions
-    from malpyeong.training.run import finish_run
+    from malpyeong.training.run import finish_run, trained_weights
 
     block, training, output = recipe.model, recipe.training, Path(recipe.training.output)
     ppo = PPO(recipe, reward_model)
@@ -278,7 +278,7 @@ def main(recipe: GRPORecipe, reward_model: Path) -> None:
     counts = {name: parameters(model) for name, model in models.items()}
     write_text(output / "parameters.json", json.dumps(counts, indent=1) + "\n")
     ppo.tokenizer.model_max_length = block.max_length
-    finish_run(output, ppo.policy, ppo.tokenizer, block.name, log)
+    finish_run(output, ppo.policy, trained_weights(ppo.policy), ppo.tokenizer, block.name, log)
 
 
 if __name__ == "__main__":

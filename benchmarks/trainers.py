@@ -171,7 +171,7 @@ def run(recipe: GRPORecipe, trainer_class: type[Any], tokenizer: Any, clock: Any
     """Train, with the dev score every ``eval_steps``, and save the last adapter, the log and the numbers of weights."""
     from malpyeong.decoding.dev import DevScores
     from malpyeong.training.callbacks import show_progress
-    from malpyeong.training.run import finish_run
+    from malpyeong.training.run import finish_run, trained_weights
 
     block, training, output = recipe.model, recipe.training, Path(recipe.training.output)
     limits = block.max_length, training.max_completion_length
@@ -202,7 +202,8 @@ def run(recipe: GRPORecipe, trainer_class: type[Any], tokenizer: Any, clock: Any
     counts = {"policy": policy, "reference": {"trained": 0, "resident": sum(reference.values())}}
     write_text(output / "parameters.json", json.dumps(counts, indent=1) + "\n")
     tokenizer.model_max_length = block.max_length
-    finish_run(output, trainer.model, tokenizer, block.name, trainer.state.log_history)
+    weights = trained_weights(trainer.model)
+    finish_run(output, trainer.model, weights, tokenizer, block.name, trainer.state.log_history)
 
 
 @main.command()
@@ -268,7 +269,7 @@ def reward(recipe: GRPORecipe, samples: Path) -> None:
 
     from malpyeong.models.tokenizer import tokenizer_of
     from malpyeong.training.callbacks import StepClock, show_progress
-    from malpyeong.training.run import finish_run
+    from malpyeong.training.run import finish_run, trained_weights
 
     block, output, tokenizer = recipe.model, Path(recipe.training.output), tokenizer_of(recipe.model)
     rows = preference_dataset(tokenizer, recipe, samples, widest=False)
@@ -295,7 +296,7 @@ def reward(recipe: GRPORecipe, samples: Path) -> None:
     show_progress(trainer)
     trainer.train()
     write_text(output / "parameters.json", json.dumps({"reward model": parameters(model)}, indent=1) + "\n")
-    finish_run(output, model, tokenizer, block.name, trainer.state.log_history)
+    finish_run(output, model, trained_weights(model), tokenizer, block.name, trainer.state.log_history)
 
 
 def load_reward_model(block: ModelBlock, adapter: Path | None, trained: bool, seed: int = 0) -> Any:  # noqa: ANN401

@@ -27,8 +27,8 @@ WHOLE = {"click", "tqdm", "setuptools"}
 def repack(distribution, folder, whole):
     """Write a wheel of an installed package."""
     name, version = distribution.metadata["Name"].replace("-", "_").lower(), distribution.version
-    tag = re.search(r"^Tag: (\S+)", distribution.read_text("WHEEL") or "", re.MULTILINE)
-    if tag is None or name == "malpyeong":
+    tags = re.findall(r"^Tag: (\S+)", distribution.read_text("WHEEL") or "", re.MULTILINE)
+    if not tags or name == "malpyeong":
         return
     left_out = ("INSTALLER", "REQUESTED", "RECORD", "direct_url.json")
     files = [
@@ -38,7 +38,7 @@ def repack(distribution, folder, whole):
         if ".." not in file.parts and file.name not in left_out
     ]
     record = next(str(file) for file in distribution.files if file.name == "RECORD" and file.parts[0].endswith("-info"))
-    with zipfile.ZipFile(folder / f"{name}-{version}-{tag[1]}.whl", "w") as wheel:
+    with zipfile.ZipFile(folder / f"{name}-{version}-{max(tags)}.whl", "w") as wheel:
         for file in files:
             wheel.writestr(str(file), file.read_binary())
         wheel.writestr(record, "".join(f"{file},,\n" for file in [*files, record]))

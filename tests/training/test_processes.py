@@ -72,7 +72,8 @@ def steps_of(output):
 @pytest.mark.slow
 def test_one_process_with_8_completions_is_two_with_4_and_each_resumes_as_the_other(data, tmp_path):
     """The group of 8 is spread over both processes. Compared: completions, rewards, advantages, what is logged, dev
-    scores, and the weights after the last step."""
+    scores, and the weights that are kept (of step 2: dev scores are equal; those of steps 3 and 4 show in what follows
+    from them)."""
     runs = {(1, 2): tmp_path / "then-two", (2, 1): tmp_path / "then-one"}
     for (first, then), output in runs.items():
         finished(grpo(first, data, output, 2))
@@ -94,9 +95,8 @@ def test_one_process_with_8_completions_is_two_with_4_and_each_resumes_as_the_ot
     scores = [json.loads((output / "scores.json").read_text("utf-8")) for output in runs.values()]
     assert scores[0] == scores[1]
     assert [row["step"] for row in scores[0]] == [0, 2, 4]
-    (first, second) = (load_file(output / "checkpoint-4" / "adapter_model.safetensors") for output in (one, two))
+    (first, second) = (load_file(output / "adapter" / "adapter_model.safetensors") for output in (one, two))
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
-    assert (two / "adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
