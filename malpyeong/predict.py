@@ -42,12 +42,6 @@ def file_digests(name: str) -> dict[str, str]:
     return {path.name: digest(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
-def model_digest(name: str) -> str:
-    """Return the SHA-256 over a model or adapter folder's files, or the name of what is no folder here (a hub id)."""
-    parts = [f"{file} {number}" for file, number in file_digests(name).items()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if Path(name).is_dir() else name
-
-
 def digests(inputs: Mapping[str, str | None], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Return what tells the inputs of a prediction from others, under whatever names.
 

@@ -14,7 +14,7 @@ order:
   known. The rates are kept in ``NAME.rates.jsonl``: another band of the same model samples nothing, and a run that was
   killed goes on. ``--easy-first`` writes the highest rate first, to be read with ``training.shuffle=false``.
 
-What either gains on the sample data is in docs/grpo-tiny.md.
+What ``--share`` gains on the sample data is in docs/grpo-tiny.md; ``--pass-rate`` has not been compared with it yet.
 
 - Model, adapter and prompts are the recipe's own; rules and examples are fitted to ``model.max_length`` as in SFT, and
   as in its loss the tag (where the model chooses) and the end of the turn count as parts of the answer.
@@ -25,6 +25,7 @@ What either gains on the sample data is in docs/grpo-tiny.md.
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 
@@ -45,6 +46,8 @@ from malpyeong.tasks.task import grammar_only
 from malpyeong.terminal import Command
 from malpyeong.training.data import Questions, grpo_prompts, load_train, sft_dataset, with_prompt_data
 from malpyeong.training.run import inputs_of
+
+ASKED = ("data.train", "data.context", "data.labels")
 
 
 def perplexities(recipe: GRPORecipe, questions: Questions) -> list[float]:
@@ -78,8 +81,8 @@ def pass_rates(recipe: GRPORecipe, questions: Questions, samples: int, path: Pat
     block, training, records = recipe.model, recipe.training, questions.records
     # The engine's first answer is greedy and not counted.
     decoding = Decoding(False, samples + 1, training.temperature, training.seed, training.max_completion_length)
-    asked = {key: digest for key, digest in inputs_of(recipe).items() if key != "data.dev" and "rewards" not in key}
-    file = PartFile(path, {**asked, "samples": samples, "temperature": training.temperature, "seed": training.seed})
+    inputs = {key: value for key, value in inputs_of(recipe).items() if key.startswith("model.") or key in ASKED}
+    file = PartFile(path, {**inputs, **asdict(decoding), "samples": samples, "max_length": block.max_length})
     try:
         right = {piece["id"]: int(piece["right"]) for piece in file.pieces}
     except (KeyError, TypeError, ValueError):
