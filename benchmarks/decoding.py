@@ -35,8 +35,8 @@ from malpyeong.decoding.engines import Decoding, TransformersEngine
 from malpyeong.errors import InputError
 from malpyeong.files import digest, write_text
 from malpyeong.metrics.aggregate import score_records, summarise
-from malpyeong.models.load import load_for_prediction
-from malpyeong.predict import model_digest, predict
+from malpyeong.models.load import load_for_prediction, weight_files_digest
+from malpyeong.predict import predict
 from malpyeong.prompts.messages import render
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.terminal import Group
@@ -209,7 +209,7 @@ def quality(
     made_of = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, GPU: {torch.cuda.is_available()}",
         "versions": {name: version(name) for name in ("torch", "transformers", "llguidance")},
-        "model": model_digest(model),
+        "model": weight_files_digest(model) or model,
         "questions": digest(questions),
         "records": len(golds),
         "batch_size": batch_size,
@@ -219,7 +219,7 @@ def quality(
     ways = ways_of_decoding(samples, max_new_tokens)
     runs = []
     for adapter in adapters or (None,):
-        run = measured.setdefault(model_digest(adapter) if adapter else "no adapter", {})
+        run = measured.setdefault(weight_files_digest(adapter) if adapter else "no adapter", {})
         for rows in compare(model, adapter, golds, ways, batch_size, run):
             run.update(rows)
             result = {"date": date.today().isoformat(), **made_of, "runs": measured}
