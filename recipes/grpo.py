@@ -13,6 +13,7 @@ upwards later than downwards, and ``beta`` 0 needs no reference adapter.
 - Logged beside TRL's metrics: dead groups, each reward's within-group standard deviation, seconds that sampling,
   rewards and update took, the GPU's memory; and the completions of every logged step with their rewards and advantages
   (``completions/``).
+- With ``gold_advantage`` each group's last completion is the gold answer (``malpyeong/training/gold.py``).
 - With ``data.dev`` the contest's score of its answers is measured every ``eval_steps`` and the best adapter is kept
   (``scores.json``, ``best.json``; ``malpyeong/decoding/dev.py``).
 - Prompts that do not fit ``model.max_length`` with a whole completion are an error, never cut.
@@ -38,6 +39,7 @@ from malpyeong.prompts.messages import TEMPLATE_OPTIONS
 from malpyeong.terminal import Command
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from malpyeong.training.data import grpo_dataset, load_questions, load_train, with_prompt_data
+from malpyeong.training.gold import GoldAnswers
 from malpyeong.training.preview import preview
 from malpyeong.training.rewards import RewardRun, functions_of, load_models
 from malpyeong.training.run import open_run
@@ -159,14 +161,19 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     models = load_models(recipe.data.scorer_models, recipe.data.scorers)
     for name, scorer in models.items():
         click.echo(f"{name}: {scorer.weight_bytes / 2**20:.0f} MiB of weights on {scorer.device}")
-    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std, functions)
+    with_gold = training.gold_advantage > 0
+    rewards = RewardRun(weights, training.num_generations, models, training.min_group_std, functions, with_gold)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
     prompts = training.generations * training.groups
     order = training.seed if training.shuffle else None
     dataset = grpo_dataset(tokenizer, questions, model_block.max_length, training.max_completion_length, prompts, order)
 
+    gold: GoldAnswers | None = None
+    if with_gold:
+        limit = training.max_completion_length
+        gold = GoldAnswers(tokenizer, training.num_generations, training.gold_advantage, limit)
     clock = StepClock(rewards)
-    callbacks: list[Any] = [clock, Guards(), OwnArguments()]
+    callbacks: list[Any] = [clock, Guards(gold=with_gold), OwnArguments()]
     dev: DevScores | None = None
     if recipe.data.dev:
         asked, answer = load_questions(recipe.data.dev, recipe.data), training.max_completion_length
@@ -179,7 +186,18 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     class ScoredTrainer(GRPOTrainer):
         def _generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in TRL
             with clock.generating():
-                return super()._generate(*args, **kwargs)
+                generated = super()._generate(*args, **kwargs)
+            return gold.put(generated) if gold else generated
+
+        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 -- as in TRL
+            scores = super()._calculate_rewards(*args, **kwargs)
+            return gold.unscored(scores) if gold else scores
+
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            if gold is None:
+                return super()._generate_and_score_completions(inputs)
+            gold.asked(inputs)
+            return gold.weigh(super()._generate_and_score_completions(inputs), self._logs["advantages"])
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
             super()._load_from_checkpoint(resume_from_checkpoint, model)

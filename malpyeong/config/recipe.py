@@ -194,11 +194,12 @@ class GRPOTraining(Block):
     and scales (``scale_rewards``); ``normalize_then_sum`` (GDPO, Liu et al. 2026) brings every reward to the same
     standard deviation within the group first. ``min_group_std``: see :class:`malpyeong.training.rewards.RewardRun`.
     ``importance_sampling_level: sequence`` is GSPO's ratio (with ``loss_type: grpo``). ``beta`` weighs the KL
-    divergence from the adapter that training starts from, ``entropy_coef`` an entropy bonus. ``scale_rewards: none``
-    with ``sum_then_normalize`` gives RLOO's advantages, times (n - 1) / n.
-    ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the only penalty
-    on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside the trainer's;
-    with ``vllm_server``, the URL of a ``trl vllm-serve``, on other cards (docs/scaling.md).
+    divergence from the adapter that training starts from, ``entropy_coef`` an entropy bonus. ``gold_advantage`` above 0
+    puts the gold answer in the place of each group's last completion, with that advantage
+    (``malpyeong/training/gold.py``). ``scale_rewards: none`` with ``sum_then_normalize`` gives RLOO's advantages, times
+    (n - 1) / n. ``mask_truncated_completions`` would leave answers that were cut off out of the loss, and with them the
+    only penalty on answers without end. ``use_vllm``: sample with vLLM, which keeps its own weights and caches beside
+    the trainer's; with ``vllm_server``, the URL of a ``trl vllm-serve``, on other cards (docs/scaling.md).
     With ``data.dev`` the contest's score of its answers is measured every ``eval_steps``, where a checkpoint is written
     (``save_steps`` is for runs without), and the best adapter is kept; training stops when it has not risen for
     ``patience`` times.
@@ -224,6 +225,7 @@ class GRPOTraining(Block):
     importance_sampling_level: Literal["token", "sequence"] = "token"
     beta: float = Field(default=0.0, ge=0)
     entropy_coef: float = Field(default=0.0, ge=0)
+    gold_advantage: float = Field(default=0.0, ge=0)
     scale_rewards: Literal["group", "batch", "none"] = "group"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "normalize_then_sum"
     min_group_std: float = Field(default=0.01, ge=0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,12 @@ _PEAKS_NOTE = "GiB. 한 step에서 가장 많을 때(torch의 할당기가 센 �
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A sampled completion.
+    """A sampled completion, or the gold answer among them (``training.gold_advantage``).
 
     Attributes:
         text: what the model wrote.
         rewards: reward name → reward; None where it does not apply.
-        total: the weighted sum of the rewards, None if none applies.
+        total: the weighted sum of the rewards, None if none applies, as to the gold answer.
         advantage: the one that the trainer used.
         count: how often it was sampled in its group.
     """
@@ -169,11 +170,10 @@ def _evenly_spaced(files: Sequence[Path], count: int) -> list[Path]:
 
 
 def _group(rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float], groups_of_step: int) -> Group:
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["completion"]] = counts.get(row["completion"], 0) + 1
-    different = {row["completion"]: row for row in rows}.values()
-    completions = [_completion(row, weights, counts[row["completion"]]) for row in different]
+    # The same text may stand there twice: sampled, and as the gold answer.
+    counts = Counter((row["completion"], row["advantage"]) for row in rows)
+    different = {(row["completion"], row["advantage"]): row for row in rows}
+    completions = [_completion(row, weights, counts[key]) for key, row in different.items()]
     return Group(
         step=rows[0]["step"],
         record_id=rows[0]["record_id"],
@@ -192,7 +192,8 @@ def _completion(row: Mapping[str, Any], weights: Mapping[str, float], count: int
 
 
 def _spread(group: Group) -> float:
-    totals = [completion.total or 0.0 for completion in group.completions for _ in range(completion.count)]
+    known = [completion for completion in group.completions if completion.total is not None]
+    totals = [completion.total or 0.0 for completion in known for _ in range(completion.count)]
     return stdev(totals) if len(totals) > 1 else 0.0
 
 

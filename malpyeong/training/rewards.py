@@ -154,9 +154,9 @@ def _of_reasons(
     return rewards
 
 
-def _reason_lengths(completions: Sequence[Completion], reference: Sequence[str]) -> list[float]:
-    pairs = zip(map(completion_text, completions), reference, strict=True)
-    reasons = [(contest_split(text)[1], contest_split(gold)[1]) for text, gold in pairs if format_problem(text) is None]
+def _reason_lengths(pairs: Sequence[tuple[Completion, str]]) -> list[float]:
+    texts = [(completion_text(completion), gold) for completion, gold in pairs]
+    reasons = [(contest_split(text)[1], contest_split(gold)[1]) for text, gold in texts if format_problem(text) is None]
     return [len(reason) / len(gold) for reason, gold in reasons if gold]
 
 
@@ -300,6 +300,7 @@ class RewardRun:
             its completions all get the group's mean. Normalising each component (``normalize_then_sum``) would
             otherwise blow such noise up to the size of a right answer. 0 switches this off.
         own: rewards of one's own (:func:`load_functions`).
+        gold: whether the last completion of each group is the gold answer, which the log leaves out.
 
     Attributes:
         seconds: what the functions have taken so far.
@@ -312,8 +313,10 @@ class RewardRun:
         models: Mapping[str, "PairScorer"] | None = None,
         min_group_std: float = 0.0,
         own: Mapping[str, RewardFunction] | None = None,
+        gold: bool = False,
     ) -> None:
         self._weights, self._num_generations, self._min_group_std = dict(weights), num_generations, min_group_std
+        self._sampled = num_generations - gold
         self._models = {f"{name}_model": model for name, model in (models or {}).items()}
         self._functions = {**REWARDS, **(own or {})}
         self._step: dict[str, Rewards] = {}
@@ -343,7 +346,9 @@ class RewardRun:
             if name == list(self._weights)[-1]:
                 if log_metric is not None:
                     figures = self._statistics()
-                    if lengths := _of_all_processes(_reason_lengths(judged, columns["reference"]))[0]:
+                    pairs = enumerate(zip(judged, columns["reference"], strict=True), first)
+                    sampled = [pair for place, pair in pairs if place % self._num_generations < self._sampled]
+                    if lengths := _of_all_processes(_reason_lengths(sampled))[0]:
                         figures["reason_length"] = statistics.median(lengths)
                     for key, value in figures.items():
                         log_metric(key, value)
@@ -357,17 +362,16 @@ class RewardRun:
         return call
 
     def _groups(self, rewards: Sequence[Any]) -> list[Sequence[Any]]:
-        size = self._num_generations
-        return [rewards[start : start + size] for start in range(0, len(rewards), size)]
+        """Return the rewards of each group's sampled completions."""
+        return [rewards[start : start + self._sampled] for start in range(0, len(rewards), self._num_generations)]
 
     def _without_noise(self, rewards: Rewards) -> Rewards:
-        quiet: Rewards = []
-        for group in self._groups(rewards):
+        quiet: Rewards = list(rewards)
+        for place, group in enumerate(self._groups(rewards)):
             known = [value for value in group if value is not None]
             if len(known) > 1 and 0 < statistics.stdev(known) < self._min_group_std:
-                mean = statistics.fmean(known)
-                group = [None if value is None else mean for value in group]
-            quiet += group
+                mean, start = statistics.fmean(known), place * self._num_generations
+                quiet[start : start + len(group)] = [None if value is None else mean for value in group]
         return quiet
 
     def _statistics(self) -> dict[str, float]:

@@ -54,6 +54,7 @@ CONCLUSIONS = (
     "따라서 {w}(을) {r}(으로) 고쳐야 한다.",
     "그래서 {w}(이라고) 쓰지 않고 {r}(이라고) 쓴다.",
 )
+JOINERS = ("혹은", "또는")  # of two right sentences
 _PARTICLE = re.compile(r"\{([rw])\}\(([가-힣]+)\)")
 
 
@@ -134,7 +135,7 @@ def _records_of_frame(item: Item, frame: str, rng: random.Random) -> Iterator[Re
         right = [form for form in (item.right, item.also_right) if form]
         sentences = tuple(sentence.replace("[]", form) for form in right)
         reason = f"{item.reason} {conclusion(item, sentences[-1], rng)}"
-        yield Record("", kind, question, write_answer(sentences, reason, rng.choice(("혹은", "또는"))))
+        yield Record("", kind, question, write_answer(sentences, reason, rng.choice(JOINERS)))
 
 
 def _choice(item: Item, sentence: str, rng: random.Random) -> str:
@@ -160,19 +161,31 @@ def _correction(item: Item, sentence: str, rng: random.Random) -> str:
 
 def conclusion(item: Item, sentence: str, rng: random.Random) -> str:
     """Return how the reason of an item ends, naming the right form; ``sentence`` is the one called right."""
+    while True:
+        drawn = named(item, rng.choice(CONCLUSIONS))
+        if fits(sentence, drawn):
+            return drawn
 
-    def named(match: re.Match[str]) -> str:
+
+def named(item: Item, form: str) -> str:
+    """Return one of :data:`CONCLUSIONS` with the item's forms in it."""
+
+    def name(match: re.Match[str]) -> str:
         form = item.right if match[1] == "r" else item.wrong
         quote = '"' if "'" in form else "'"
         word = attach(form, match[2])
         # The particle belongs after the closing quote.
         return f"{quote}{form}{quote}{word[len(form) :]}"
 
-    while True:
-        conclusion = _PARTICLE.sub(named, rng.choice(CONCLUSIONS))
-        # After a verdict with 이 the contest would split at a later 가 옳다.
-        if subject_particle(sentence) == "가" or "가 옳다" not in conclusion:
-            return conclusion
+    return _PARTICLE.sub(name, form)
+
+
+def fits(sentence: str, conclusion: str) -> bool:
+    """Return whether the contest splits an answer with this sentence and conclusion where it should.
+
+    After a verdict with 이 it would split at a later 가 옳다.
+    """
+    return subject_particle(sentence) == "가" or "가 옳다" not in conclusion
 
 
 def _special_record(special: dict[str, Any], words: dict[str, str]) -> Record:
