@@ -33,8 +33,8 @@ from malpyeong.training.rewards import REWARDS, RewardRun
 
 GRPO = Path(__file__).parent.parent / "recipes" / "grpo.py"
 DPO_BETA = 0.1
-# Of the reward model: batches of pairs, and twice the recipe's steps.
-REWARD_PAIRS, REWARD_STEPS = 32, 2
+# Of the reward model, whose head starts from nothing: batches of pairs, twice the recipe's steps, a higher rate.
+REWARD_PAIRS, REWARD_STEPS, REWARD_RATE = 32, 2, 1e-3
 
 
 def recipe_arguments(function: Callable[..., None]) -> Callable[..., None]:
@@ -279,6 +279,7 @@ def reward(recipe: GRPORecipe, samples: Path) -> None:
     ]
     own = {
         "max_steps": REWARD_STEPS * recipe.training.max_steps,
+        "learning_rate": REWARD_RATE,
         "per_device_train_batch_size": REWARD_PAIRS,
         "gradient_accumulation_steps": 1,
         "eval_strategy": "no",

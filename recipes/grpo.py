@@ -100,7 +100,7 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "gradient_checkpointing": training.gradient_checkpointing,
         "save_strategy": "steps",
         "save_steps": training.eval_steps if dev else training.save_steps,
-        "save_total_limit": 1,  # and the best one
+        "save_total_limit": 2 if dev else 1,  # the last one, and the best
         "eval_strategy": "steps" if dev else "no",
         "eval_steps": training.eval_steps if dev else None,
         "num_generations_eval": 1,  # a completion a question, whatever the batch size

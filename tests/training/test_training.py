@@ -351,7 +351,12 @@ def test_grpo_stops_when_dev_does_not_get_better_and_stays_stopped(data, sft_run
     dev = (f"data.dev={data / 'dev.json'}", "training.warmup_steps=0")
     command = grpo_command(data, run, sft_run / "adapter", *dev, *stop)
     finish(start(*command))
-    assert scores(run)[-1]["step"] < 5
+    last = scores(run)[-1]["step"]
+    assert last < 5
+    best = json.loads((run / "best.json").read_text("utf-8"))["step"]
+    kept = {int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")}
+    assert kept == {best, last}  # the last one too: training can go on there
+    assert best < last
     shutil.rmtree(run / "adapter")
     finish(start(*command, "--resume", "auto"))
     assert scores(run)[-1]["step"] < 5
