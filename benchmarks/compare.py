@@ -48,13 +48,15 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sft": ("SFT", ("sft",)),
     "zero": ("GRPO without SFT", ("zero",)),
     "grpo": ("SFT → GRPO", ("grpo",)),
+    "grpo_gold": ("SFT → GRPO with the gold answers", ("grpo_gold",)),
     "rloo": ("SFT → RLOO", ("rloo",)),
     "dpo": ("SFT → DPO", ("samples", "dpo")),
     "ppo": ("SFT → reward model → PPO", ("samples", "reward", "ppo")),
     "best": ("SFT → SFT on the best of 8", ("samples", "best")),
     "gold": ("SFT → SFT on the gold answers", ("gold",)),
 }
-SAMPLING = ("zero", "grpo", "rloo", "samples", "ppo")
+SAMPLING = ("zero", "grpo", "grpo_gold", "rloo", "samples", "ppo")
+GOLD_ADVANTAGE = 4
 
 
 class Comparison:
@@ -113,8 +115,9 @@ class Comparison:
         hard = self._hard(seed)
         files = (f"data.train={hard}", f"data.dev={self._dev}", f"training.max_steps={self._steps}")
         grpo = (RECIPES / "tiny" / "grpo.yaml", start, *files, often, *of_run)
-        if stage in ("zero", "grpo"):
-            self._make(run / "adapter", RECIPES / "grpo.py", *grpo, "--resume", "auto", may_stop=run / "stopped")
+        if stage in ("zero", "grpo", "grpo_gold"):
+            gold = f"training.gold_advantage={GOLD_ADVANTAGE if stage == 'grpo_gold' else 0}"
+            self._make(run / "adapter", RECIPES / "grpo.py", *grpo, gold, "--resume", "auto", may_stop=run / "stopped")
             return None if (run / "stopped").exists() else last
         if stage == "ppo":
             reward = self.adapter("reward", seed)

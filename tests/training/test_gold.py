@@ -8,10 +8,11 @@ from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
 from malpyeong.contest.records import load_records, write_records
+from malpyeong.models.tokenizer import load_tokenizer
 from malpyeong.prompts.rule_choice import split_choice
 from malpyeong.report.run_page import read_run, run_page
-from malpyeong.samples import DATA
-from malpyeong.training.gold import gold_text
+from malpyeong.samples import DATA, TINY_BASE
+from malpyeong.training.gold import GoldAnswers, gold_text
 from malpyeong.training.rewards import RewardRun
 from malpyeong.training.run import logged
 
@@ -78,6 +79,20 @@ def test_what_is_logged_of_a_group_leaves_its_gold_answer_out():
     assert rewards == [0, 0, 1, 0.5, 0.5, 1]  # one group is the same, of the other the difference is noise
     assert figures["dead_groups"] == 1
     assert figures["reason_length"] < 1
+
+
+def test_another_engine_knows_no_probabilities_of_gold_answers():
+    tokenizer = load_tokenizer(str(TINY_BASE))
+    gold = GoldAnswers(tokenizer, 2, 1.0, 5)
+    gold.asked([{"reference": '"가"가 옳다. 까닭이 길다.'}] * 2)
+    sampled = [[1, 2, 3], [4, 5]]
+    _, ids, _, completions, logprobs, rest = gold.put(
+        ([], sampled, None, ["ㄱ", "ㄴ"], [[-1.0] * 3, [-1.0] * 2], "rest")
+    )
+    assert ids[0] == sampled[0]
+    assert len(ids[1]) == 5  # cut at the limit
+    assert logprobs == [[-1.0] * 3, [None] * 5]
+    assert (completions[0], completions[1][0]["content"], rest) == ("ㄱ", '"가"가 옳다. 까닭이 길다.', "rest")
 
 
 def test_a_gold_answer_names_the_best_rule_where_the_model_chooses():
