@@ -35,6 +35,8 @@ GRPO = Path(__file__).parent.parent / "recipes" / "grpo.py"
 DPO_BETA = 0.1
 # Of the reward model, whose head starts from nothing: batches of pairs, twice the recipe's steps, a higher rate.
 REWARD_PAIRS, REWARD_STEPS, REWARD_RATE = 32, 2, 1e-3
+# Of its pairs: smaller differences are mostly by which of six endings of a reason the sample data have drawn.
+REWARD_MARGIN = 0.5
 
 
 def recipe_arguments(function: Callable[..., None]) -> Callable[..., None]:
@@ -116,22 +118,29 @@ def sample(recipe: GRPORecipe) -> None:
     write_text(output / "samples.json", json.dumps(drawn_all, ensure_ascii=False, indent=1) + "\n")
 
 
-def pairs(samples: Path, widest: bool) -> Iterator[tuple[str, str, str]]:
+def pairs(samples: Path, widest: bool, margin: float = 0.0) -> Iterator[tuple[str, str, str]]:
     """Yield record id, chosen and rejected text of samples that earn different rewards.
 
     Args:
         samples: folder of what ``sample`` wrote.
         widest: of each question the best and the worst alone, else all pairs.
+        margin: how much the rewards differ at least.
     """
     for row in json.loads((samples / "samples.json").read_text("utf-8"))["questions"]:
         ranked = sorted(zip(row["rewards"], row["texts"], strict=True), key=lambda one: -one[0])
         for place, (reward, chosen) in enumerate(ranked[:1] if widest else ranked):
             for other, rejected in ranked[-1:] if widest else ranked[place + 1 :]:
-                if reward > other:
+                if reward > other and reward - other >= margin:
                     yield row["id"], chosen, rejected
 
 
-def preference_dataset(tokenizer: Any, recipe: GRPORecipe, samples: Path, widest: bool) -> Any:  # noqa: ANN401
+def preference_dataset(
+    tokenizer: Any,  # noqa: ANN401
+    recipe: GRPORecipe,
+    samples: Path,
+    widest: bool,
+    margin: float = 0.0,
+) -> Any:  # noqa: ANN401
     """Return ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``: the tokens of SFT and GRPO, not rendered anew.
 
     A completion that had no room for its end has none here.
@@ -152,7 +161,7 @@ def preference_dataset(tokenizer: Any, recipe: GRPORecipe, samples: Path, widest
             "chosen_ids": tokens(chosen),
             "rejected_ids": tokens(rejected),
         }
-        for id_, chosen, rejected in pairs(samples, widest)
+        for id_, chosen, rejected in pairs(samples, widest, margin)
     ]
     if not rows:
         raise InputError(f"{samples}: all samples of each question earn the same; train SFT longer")
@@ -264,7 +273,7 @@ def dpo(recipe: GRPORecipe, samples: Path) -> None:
 @recipe_arguments
 @samples_option
 def reward(recipe: GRPORecipe, samples: Path) -> None:
-    """Train a reward model on all pairs of a question's samples."""
+    """Train a reward model on all pairs of a question's samples whose rewards differ clearly."""
     from trl import RewardConfig, RewardTrainer
 
     from malpyeong.models.tokenizer import tokenizer_of
@@ -272,7 +281,7 @@ def reward(recipe: GRPORecipe, samples: Path) -> None:
     from malpyeong.training.run import finish_run, trained_weights
 
     block, output, tokenizer = recipe.model, Path(recipe.training.output), tokenizer_of(recipe.model)
-    rows = preference_dataset(tokenizer, recipe, samples, widest=False)
+    rows = preference_dataset(tokenizer, recipe, samples, widest=False, margin=REWARD_MARGIN)
     whole = [
         {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")}
         for row in rows.shuffle(seed=recipe.training.seed)
