@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from errno import ENOENT
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -102,7 +103,7 @@ def read_run(path: Path) -> Run:
         InputError: it is no run's folder, or a file in it is damaged.
     """
     try:
-        config_text = (path / "config.yaml").read_text("utf-8")
+        config_text = _text(path / "config.yaml")
         config = yaml.safe_load(config_text)
         if not all(isinstance(config[block], dict) for block in ("model", "data", "training")):
             raise TypeError
@@ -122,9 +123,15 @@ def read_run(path: Path) -> Run:
     return Run(path, config_text, config, environment, log, ended, samples)
 
 
+def _text(path: Path) -> str:
+    if not path.is_file():  # a pipe would be read for ever
+        raise FileNotFoundError(ENOENT, "no such file")
+    return path.read_text("utf-8")
+
+
 def _read_json(path: Path, kind: type) -> Any:  # noqa: ANN401 -- what the file holds
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(_text(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); is this a training run's folder?") from None
     except (ValueError, RecursionError):
@@ -137,7 +144,7 @@ def _read_json(path: Path, kind: type) -> Any:  # noqa: ANN401 -- what the file 
 def _log_of_newest_checkpoint(path: Path) -> list[dict[str, Any]]:
     for folder in checkpoints(path):
         try:
-            log: list[dict[str, Any]] = json.loads((folder / "trainer_state.json").read_text("utf-8"))["log_history"]
+            log: list[dict[str, Any]] = json.loads(_text(folder / "trainer_state.json"))["log_history"]
         except (OSError, ValueError, KeyError):
             continue  # being written just now
         return log

@@ -1,6 +1,7 @@
 """Real runs of the recipes with the tiny model: learning, resuming after a kill, 4-bit weights, merging."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -218,6 +219,7 @@ def test_run_page_of_a_run_in_progress_and_on_a_phone(stage, sft_run, grpo_run, 
 def test_run_page_refuses_what_is_no_run(grpo_run, run_module, tmp_path):
     for file, content, complaint in (
         ("config.yaml", None, "has no config.yaml"),
+        ("config.yaml", os.mkfifo, "has no config.yaml"),
         ("config.yaml", "model: [", "is damaged"),
         ("config.yaml", "model: {}\ndata: 3\ntraining: {}\n", "is damaged"),
         ("environment.json", "{", "is damaged"),
@@ -227,7 +229,9 @@ def test_run_page_refuses_what_is_no_run(grpo_run, run_module, tmp_path):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(grpo_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
         (run / file).unlink()
-        if content is not None:
+        if content is os.mkfifo:
+            os.mkfifo(run / file)
+        elif content is not None:
             (run / file).write_text(content)
         result = run_module("-m", "malpyeong.report", "run", run, "-o", tmp_path / "run.html")
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
