@@ -173,7 +173,7 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
         limit = training.max_completion_length
         gold = GoldAnswers(tokenizer, training.num_generations, training.gold_advantage, limit)
     clock = StepClock(rewards)
-    callbacks: list[Any] = [clock, Guards(gold=with_gold), OwnArguments()]
+    callbacks: list[Any] = [clock, Guards(), OwnArguments()]
     dev: DevScores | None = None
     if recipe.data.dev:
         asked, answer = load_questions(recipe.data.dev, recipe.data), training.max_completion_length

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from malpyeong.training.rewards import RewardRun
 
 STEPS = 10
-DEAD_GROUPS = (
-    "had only dead groups: all completions of a group earn the same, so nothing can be learnt; raise "
-    "training.temperature or training.num_generations, or take questions that the model does not know by heart"
-)
 
 
 class TrainingStoppedError(click.ClickException):
@@ -35,22 +31,16 @@ class Guards(TrainerCallback):
 
     One bad step is no reason to stop: float16 training skips its first steps while the loss scale falls, and a batch
     of easy questions has only dead groups.
-
-    Args:
-        steps: how many in a row.
-        gold: whether the gold answer is learnt too, so that dead groups are no reason to stop.
     """
 
-    def __init__(self, steps: int = STEPS, gold: bool = False) -> None:
-        self._steps, self._gold = steps, gold
+    def __init__(self, steps: int = STEPS) -> None:
+        self._steps = steps
         self._in_a_row: dict[str, int] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
         """Count, and raise :class:`TrainingStoppedError` where a count is full."""
         first_length = next((row["reason_length"] for row in state.log_history if "reason_length" in row), None)
         for reason, is_bad in _findings(logs or {}, first_length).items():
-            if reason == DEAD_GROUPS and self._gold:
-                continue
             self._in_a_row[reason] = self._in_a_row.get(reason, 0) + 1 if is_bad else 0
             if self._in_a_row[reason] >= self._steps:
                 raise TrainingStoppedError(
@@ -72,7 +62,10 @@ def _findings(logs: dict[str, Any], first_length: float | None) -> dict[str, boo
             "had a loss or gradient that is not a number; lower training.learning_rate, or set model.dtype"
         ] = not all(map(math.isfinite, numbers))
     if (dead := logged(logs, "dead_groups")) is not None:
-        found[DEAD_GROUPS] = dead >= 1
+        found[
+            "had only dead groups: all completions of a group earn the same, so nothing can be learnt; raise "
+            "training.temperature or training.num_generations, or take questions that the model does not know by heart"
+        ] = dead >= 1
     if (clipped := logged(logs, "completions/clipped_ratio")) is not None:
         found[
             "cut off more than half of the completions; raise training.max_completion_length, or train SFT longer: "
