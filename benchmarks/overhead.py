@@ -25,7 +25,7 @@ from malpyeong.terminal import Command
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "grpo.py"
-SETTINGS = ("recipes/tiny/grpo.yaml", "training.batch_size=32", "training.save_steps=1000", "data.rewards.format=0.5")
+SETTINGS = ("recipes/tiny/grpo.yaml", "training.batch_size=32", "training.save_steps=1000", "training.gold_advantage=0")
 
 
 def bare(overrides: list[str]) -> None:

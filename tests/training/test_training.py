@@ -142,11 +142,13 @@ def test_grpo_keeps_every_completion_with_the_advantage_that_it_used(data, grpo_
     assert list(tables) == [f"completions_{step:05}.parquet" for step in range(1, 7)]
     for rows in tables.values():
         assert len(rows) == 16
-        totals = torch.tensor([row["format"] + row["exact_match"] + 2 * row["rouge_1"] for row in rows])
+        assert [row["advantage"] for row in rows[3::4]] == [4.0] * 4  # gold_advantage
+        drawn = [row for place, row in enumerate(rows) if place % 4 != 3]
+        totals = torch.tensor([row["format"] + row["exact_match"] + 2 * row["rouge_1"] for row in drawn])
         # sum_then_normalize with scale_rewards: batch
-        groups = totals.view(-1, 4)
+        groups = totals.view(-1, 3)
         expected = (groups - groups.mean(dim=1, keepdim=True)).flatten() / (totals.std() + 1e-4)
-        assert [row["advantage"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert [row["advantage"] for row in drawn] == pytest.approx(expected.tolist(), abs=1e-4)
         for start in range(0, len(rows), 4):
             assert len({row["prompt"] for row in rows[start : start + 4]}) == 1
         assert all(row["reference"] == gold[row["record_id"]] for row in rows)
