@@ -35,6 +35,7 @@ from malpyeong.errors import InputError
 from malpyeong.evaluate import evaluate
 from malpyeong.files import digest, write_text
 from malpyeong.metrics.aggregate import combined_score, summarise
+from malpyeong.metrics.bootstrap import RESAMPLES, interval, resampled_means
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.terminal import Command, make
 
@@ -219,8 +220,39 @@ class Comparison:
         rows = [_read(path) for path in self.output.glob("*/row.json")]
         rows.sort(key=lambda row: (list(ROWS).index(row["row"]), row["seed"]))
         write_text(self.output / "results.json", json.dumps({"steps": self._steps, "rows": rows}, indent=1) + "\n")
-        write_text(self.output / "results.md", table(rows) + "\n")
-        return table(rows)
+        text = f"{table(rows)}\n\n{self.gains(rows)}"
+        write_text(self.output / "results.md", text + "\n")
+        return text
+
+    def gains(self, rows: Sequence[dict[str, Any]]) -> str:
+        """Return a Markdown table of what each row adds to SFT's test score (paired bootstrap over the questions)."""
+        import numpy as np
+
+        lines = [
+            "| less SFT of the same seed | seeds | test score | 95 % interval | EM: right now / wrong now |",
+            "|-" * 5 + "|",
+        ]
+        seeds_of = {kind: {row["seed"] for row in rows if row["row"] == kind and not row["stopped"]} for kind in ROWS}
+        for kind, (name, _) in ROWS.items():
+            seeds = sorted(seeds_of[kind] & seeds_of["sft"])
+            if kind == "sft" or not seeds:
+                continue
+            ours, sft = (np.hstack([self._scores(one, seed) for seed in seeds]) for one in (kind, "sft"))
+            (gain,) = np.nanmean(ours, 0, keepdims=True).mean(1) - np.nanmean(sft, 0, keepdims=True).mean(1)
+            means = resampled_means(np.hstack([ours, sft])).reshape(RESAMPLES, 2, -1).mean(2)
+            low, high = interval(means[:, 0] - means[:, 1])
+            changed = ours[:, ::2] - sft[:, ::2]
+            sizes = f"{int((changed > 0).sum())} / {int((changed < 0).sum())}"
+            listed = ", ".join(map(str, seeds))
+            lines.append(f"| {name} | {listed} | {gain:+.4f} | {low:+.4f} to {high:+.4f} | {sizes} |")
+        return "\n".join(lines)
+
+    def _scores(self, row: str, seed: int) -> Any:  # noqa: ANN401 -- an array
+        """Return EM and ROUGE-1 of each test question, of shape (questions, 2), NaN where a reason is missing."""
+        import numpy as np
+
+        scores = evaluate(self._data / "test.json", self.folder(row, seed) / "test.json")
+        return np.array([[score.exact_match, score.rouge_1] for score in scores], dtype=float)
 
 
 def _read(path: Path, missing: Any = None) -> Any:  # noqa: ANN401 -- any JSON

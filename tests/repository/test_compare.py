@@ -142,6 +142,20 @@ def test_the_table_has_means_and_deviations_of_the_seeds_that_are_there():
     assert lines[-1].split(" | ")[1:] == ["0.500", "0.700 |"]
 
 
+def test_gains_are_over_the_sft_of_the_same_seeds(work, tmp_path):
+    golds = load_records(work[0] / "test.json", answers="gold")
+    wrong = [record.with_answer('"꽃"이 옳다. 말.') for record in golds]
+    rows = []
+    for row, seed, answers in (("sft", 0, wrong), ("sft", 1, golds), ("gold", 0, golds), ("dpo", 1, wrong)):
+        write_records(tmp_path / f"{row}-{seed}" / "test.json", answers)
+        rows.append({"row": row, "seed": seed, "stopped": False})
+    gold, dpo = sorted(Comparison(tmp_path, 2, work[0]).gains(rows).splitlines()[2:], reverse=True)
+    assert gold.startswith("| SFT → SFT on the gold answers | 0 | +")
+    assert gold.endswith(" | 2 / 0 |")
+    assert dpo.startswith("| SFT → DPO | 1 | -")
+    assert dpo.endswith(" | 0 / 2 |")
+
+
 @pytest.mark.slow
 def test_reward_model_ppo_and_rloo_on_a_few_tokens(work, sft, run_module, tmp_path):
     data, output = work
