@@ -263,6 +263,11 @@ class GRPOTraining(Block):
                 f"batch_size × gradient_accumulation_steps = {self.effective_batch_size} completions a step is not a "
                 f"multiple of num_generations = {self.num_generations}"
             )
+        if self.gold_advantage and self.num_generations < 3:
+            raise ValueError(
+                f"gold_advantage takes one of num_generations = {self.num_generations} completions, and the other has "
+                "none to be compared with; set num_generations=3 or more"
+            )
         if self.vllm_server and not self.use_vllm:
             raise ValueError("vllm_server: needs use_vllm=true")
         if self.loss_type == "cispo" and self.epsilon_high < 1:

@@ -190,6 +190,7 @@ def test_an_override_of_text_is_taken_as_it_stands():
             "data.scorers.devise: unknown key; did you mean device?",
         ),
         ("data.rewards={format: 0, rouge_1: 0}", "every weight is 0"),
+        ("training.num_generations=2", "gold_advantage takes one of num_generations = 2"),
         ("training.num_iterations=5", "save_steps = 12 is not a multiple of num_iterations = 5"),
     ],
 )

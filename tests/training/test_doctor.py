@@ -130,7 +130,12 @@ def test_prompts_are_measured_with_what_training_puts_into_them(data, tmp_path):
 def test_groups_are_sampled_from_the_prompts_of_training(data, tmp_path, monkeypatch):
     rule, path = load_rule_book(DATA / "rules.json")[0], tmp_path / "근거.jsonl"
     write_contexts(path, TRAIN, [[(1.0, rule)]] * len(TRAIN), [[]] * len(TRAIN))
-    size = ("training.num_generations=2", "training.batch_size=2", "training.max_completion_length=2")
+    size = (
+        "training.gold_advantage=0",
+        "training.num_generations=2",
+        "training.batch_size=2",
+        "training.max_completion_length=2",
+    )
     recipe = grpo(data, f"data.context={path}", *size)
     asked, model, tokenizer = [], *load_for_training(recipe.model, 0, False)
     generate = model.generate

@@ -98,7 +98,12 @@ def sft(data, output, *overrides):
 
 def grpo(data, output, adapter, *overrides):
     files = (*base(data, output), f"model.adapter={adapter}")
-    size = ("training.batch_size=4", "training.num_generations=2", "training.max_completion_length=96")
+    size = (
+        "training.gold_advantage=0",
+        "training.batch_size=4",
+        "training.num_generations=2",
+        "training.max_completion_length=96",
+    )
     steps = ("training.max_steps=4", "training.save_steps=2", "training.lr_scheduler_type=constant_with_warmup")
     return recipe("grpo", *files, *size, *steps, *overrides)
 
