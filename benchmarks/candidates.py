@@ -1,15 +1,12 @@
 """How often a third of all pairs of questions and rules finds the best rule of all.
 
-    python -m benchmarks.candidates -o runs/candidates       (fifteen minutes on one core; resumes where it stopped)
+    python -m benchmarks.candidates -o runs/candidates       (half an hour beside other work; resumes where it stopped)
 
 Mines 622 evenly spaced questions of the sample train split with every rule (``recipes/mine.py --all``), as many
 questions as the contest's train split has. Then the choice that ``mining.share`` makes is played back on what that has
 found: the same pairs in the same rounds, their perplexities looked up. docs/mining.md has the figures.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -19,7 +16,7 @@ from malpyeong.contest.records import json_lines, load_records, write_records
 from malpyeong.contest.rulebook import load_rule_book
 from malpyeong.files import read_text
 from malpyeong.samples import DATA
-from malpyeong.terminal import Command
+from malpyeong.terminal import Command, make
 from malpyeong.training.candidates import ROUNDS, WIDE, named_rules, promising
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -36,18 +33,8 @@ def main(questions: int, share: float, output: Path) -> None:
     file, run = output / "questions.json", output / "all"
     write_records(file, records)
     settings = (f"data.questions={file}", f"mining.output={run}", f"mining.top_k={len(rules)}")
-    words = [
-        sys.executable,
-        RECIPES / "mine.py",
-        RECIPES / "tiny" / "mine.yaml",
-        *settings,
-        "--all",
-        "--resume",
-        "auto",
-    ]
-    subprocess.run(words, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
-
-    contexts = run / "contexts.jsonl"
+    recipe = (RECIPES / "mine.py", RECIPES / "tiny" / "mine.yaml", *settings)
+    contexts = make(run / "contexts.jsonl", *recipe, "--all", "--resume", "auto")
     column = {rule.id: place for place, rule in enumerate(rules)}
     gains = np.full((len(records), len(rules)), np.nan)
     for row, (_, found) in enumerate(json_lines(contexts, read_text(contexts, "as recipes/mine.py writes it"))):

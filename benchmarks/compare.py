@@ -57,7 +57,6 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gold": ("SFT → SFT on the gold answers", ("gold",)),
 }
 SAMPLING = ("zero", "grpo", "grpo_gold", "rloo", "samples", "ppo")
-GOLD_ADVANTAGE = 4
 
 
 class Comparison:
@@ -117,8 +116,10 @@ class Comparison:
         files = (f"data.train={hard}", f"data.dev={self._dev}", f"training.max_steps={self._steps}")
         grpo = (RECIPES / "tiny" / "grpo.yaml", start, *files, often, *of_run)
         if stage in ("zero", "grpo", "grpo_gold"):
-            gold = f"training.gold_advantage={GOLD_ADVANTAGE if stage == 'grpo_gold' else 0}"
-            self._make(run / "adapter", RECIPES / "grpo.py", *grpo, gold, "--resume", "auto", may_stop=run / "stopped")
+            plain = () if stage == "grpo_gold" else ("training.gold_advantage=0",)
+            self._make(
+                run / "adapter", RECIPES / "grpo.py", *grpo, *plain, "--resume", "auto", may_stop=run / "stopped"
+            )
             return None if (run / "stopped").exists() else last
         if stage == "ppo":
             reward = self.adapter("reward", seed)

@@ -1,6 +1,6 @@
 """How much of what the best of n samples gains over the greedy answer is luck.
 
-    python -m benchmarks.headroom ADAPTER... -o runs/headroom.json      (five minutes an adapter on one core)
+    python -m benchmarks.headroom ADAPTER... -o runs/headroom.json      (six minutes an adapter on one core)
 
 The sample data draw by lot how a reason ends (one of six conclusions) and whether 혹은 or 또는 joins two right
 sentences. Nothing in the question tells; of n samples one fits by chance, and the best of n counts that as knowledge.

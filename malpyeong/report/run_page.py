@@ -199,8 +199,7 @@ def _completion(row: Mapping[str, Any], weights: Mapping[str, float], count: int
 
 
 def _spread(group: Group) -> float:
-    known = [completion for completion in group.completions if completion.total is not None]
-    totals = [completion.total or 0.0 for completion in known for _ in range(completion.count)]
+    totals = [one.total for one in group.completions for _ in range(one.count) if one.total is not None]
     return stdev(totals) if len(totals) > 1 else 0.0
 
 
