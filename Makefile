@@ -112,8 +112,8 @@ bench-overhead: $(STAMP) ## GRPO steps of the recipe against a bare TRL script
 bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; resumes where it stopped)
 	$(RUN) -m benchmarks.contexts -o "$(RUNS)/contexts"
 
-compare: $(STAMP) ## SFT, GRPO, RLOO, DPO, PPO … side by side with the tiny model (hours; resumes where it stopped)
-	$(RUN) -m benchmarks.compare -o "$(RUNS)/compare"
+compare: $(STAMP) ## SFT, GRPO, RLOO, DPO, PPO … side by side, tiny model (hours; resumes; ARGS=--variants: of GRPO)
+	$(RUN) -m benchmarks.compare -o "$(RUNS)/compare" $(ARGS)
 
 torture: $(STAMP) ## SIGKILL, full disk, read-only folder: does each long command end as if nothing had happened? (an hour)
 	$(RUN) -m benchmarks.torture -o "$(RUNS)/torture"

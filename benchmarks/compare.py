@@ -2,6 +2,7 @@
 
     make compare                                                     (hours on two cores; resumes where it stopped)
     python -m benchmarks.compare --row ppo --seed 0 -o runs/compare
+    python -m benchmarks.compare --variants --seed 0                 (one thing changed of GRPO in each row: hours, too)
     python -m benchmarks.compare --steps 2 --row dpo --seed 0 -o /tmp/short
 
 Every row but SFT's own starts from the SFT of its seed (OUTPUT/sft-SEED, the demo's), asks the questions that the
@@ -56,7 +57,26 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best": ("SFT → SFT on the best of 8", ("samples", "best")),
     "gold": ("SFT → SFT on the gold answers", ("gold",)),
 }
-SAMPLING = ("zero", "grpo", "grpo_gold", "rloo", "samples", "ppo")
+TWICE = "training.num_iterations=2"
+# Row → (what it is called, what it changes of "SFT → GRPO").
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "all": ("all questions", ()),
+    "band": ("pass rate 0.1 to 0.9", ()),
+    "loss_grpo": ("GRPO's loss (as GSPO and SAPO)", ("training.loss_type=grpo",)),
+    "dr_grpo": ("Dr. GRPO", ("training.loss_type=dr_grpo",)),
+    "kl": ("beta 0.04", ("training.beta=0.04",)),
+    "entropy": ("entropy_coef 0.01", ("training.entropy_coef=0.01",)),
+    "no_gdpo": ("without GDPO", ("training.multi_objective_aggregation=sum_then_normalize",)),
+    "dapo_twice": ("each completion twice", (TWICE,)),
+    "no_clip_higher_twice": ("twice, without clip-higher", (TWICE, "training.epsilon_high=0.2")),
+    "gspo_twice": ("twice, GSPO", (TWICE, "training.loss_type=grpo", "training.importance_sampling_level=sequence")),
+    "cispo_twice": ("twice, CISPO", (TWICE, "training.loss_type=cispo", "training.epsilon_high=5")),
+    "sapo_twice": ("twice, SAPO", (TWICE, "training.loss_type=sapo")),
+}
+SAMPLING = ("zero", "grpo", "grpo_gold", "rloo", "samples", "ppo", *VARIANTS)
+TITLES = {row: title for row, (title, _) in ROWS.items()} | {
+    row: f"SFT → GRPO, {title}" for row, (title, _) in VARIANTS.items()
+}
 
 
 class Comparison:
@@ -98,9 +118,10 @@ class Comparison:
             return run / "adapter"
         sft = self.adapter("sft", seed)
         start = f"model.adapter={'null' if stage == 'zero' else sft}"
+        uses = _uses(stage)
         often, last = (
-            f"training.eval_steps={min(self._grpo.eval_steps, self._steps)}",
-            run / f"checkpoint-{self._steps}",
+            f"training.eval_steps={min(self._grpo.eval_steps, self._steps) * uses}",
+            run / f"checkpoint-{self._steps * uses}",
         )
         if stage in ("best", "gold"):
             records = self._samples(seed) / f"{stage}.json"
@@ -112,11 +133,11 @@ class Comparison:
             recipe = (RECIPES / "sft.py", RECIPES / "tiny" / "sft.yaml", *MORE_SFT, f"training.batch_size={size}")
             self._make(run / "adapter", *recipe, start, *files, *score, *of_run, "--resume", "auto")
             return last
-        hard = self._hard(seed)
-        files = (f"data.train={hard}", f"data.dev={self._dev}", f"training.max_steps={self._steps}")
+        asked = self._data / "explore.json" if stage == "all" else self._hard(seed, by_rate=stage == "band")
+        files = (f"data.train={asked}", f"data.dev={self._dev}", f"training.max_steps={self._steps * uses}")
         grpo = (RECIPES / "tiny" / "grpo.yaml", start, *files, often, *of_run)
-        if stage in ("zero", "grpo", "grpo_gold"):
-            plain = () if stage == "grpo_gold" else ("training.gold_advantage=0",)
+        if stage in ("zero", "grpo", "grpo_gold", *VARIANTS):
+            plain = () if stage == "grpo_gold" else ("training.gold_advantage=0", *_changes(stage))
             self._make(
                 run / "adapter", RECIPES / "grpo.py", *grpo, *plain, "--resume", "auto", may_stop=run / "stopped"
             )
@@ -129,11 +150,13 @@ class Comparison:
             self._make(run / "adapter", "-m", "benchmarks.trainers", stage, *grpo, *samples)
         return run / "adapter"
 
-    def _hard(self, seed: int) -> Path:
-        """Return the questions that the demo's GRPO is asked: those that SFT finds hardest."""
-        hard, sft = self.folder("hard", seed) / "hard.json", self.adapter("sft", seed)
-        recipe = (RECIPES / "tiny" / "grpo.yaml", f"model.adapter={sft}", f"data.train={self._data / 'explore.json'}")
-        return make(hard, RECIPES / "hard_questions.py", *recipe, "-o", hard)
+    def _hard(self, seed: int, by_rate: bool = False) -> Path:
+        """Return the questions that the demo's GRPO is asked: those that SFT finds hardest, or those of a pass rate."""
+        hard = self.folder("hard", seed) / ("band.json" if by_rate else "hard.json")
+        files = (f"model.adapter={self.adapter('sft', seed)}", f"data.train={self._data / 'explore.json'}")
+        recipe = (RECIPES / "tiny" / "grpo.yaml", *files, f"training.seed={seed}")
+        rate = ("--pass-rate", "0.1", "0.9") if by_rate else ()
+        return make(hard, RECIPES / "hard_questions.py", *recipe, "-o", hard, *rate)
 
     def _samples(self, seed: int) -> Path:
         """Return the folder of the completions that SFT gives to GRPO's questions (``benchmarks.trainers sample``)."""
@@ -192,7 +215,7 @@ class Comparison:
                 "reason_median_chars": given,
                 "reason_ratio": given / wanted,
             }
-        result["costs"] = {stage: self._costs(stage, seed) for stage in ROWS[row][1]}
+        result["costs"] = {stage: self._costs(stage, seed) for stage in (ROWS[row][1] if row in ROWS else (row,))}
         result["curve"] = _read(self.folder(row, seed) / "scores.json", [])
         write_text(measured, json.dumps(result, indent=1) + "\n")
         return result
@@ -206,7 +229,7 @@ class Comparison:
                 seconds += entry["step_seconds"] * (entry["step"] - counted)
                 counted = entry["step"]
         steps = max((entry["step"] for entry in log), default=0)
-        completions = steps * self._grpo.effective_batch_size if stage in SAMPLING else 0
+        completions = steps // _uses(stage) * self._grpo.effective_batch_size if stage in SAMPLING else 0
         known = bool(steps or sampled)
         return {
             "steps": steps if known else None,
@@ -219,33 +242,40 @@ class Comparison:
     def write_results(self) -> str:
         """Write what has been measured so far, of whatever rows and seeds, and return its tables."""
         rows = [_read(path) for path in self.output.glob("*/row.json")]
-        rows.sort(key=lambda row: (list(ROWS).index(row["row"]), row["seed"]))
+        rows.sort(key=lambda row: (list(TITLES).index(row["row"]), row["seed"]))
         write_text(self.output / "results.json", json.dumps({"steps": self._steps, "rows": rows}, indent=1) + "\n")
         text = f"{table(rows)}\n\n{self.gains(rows)}"
+        if any(row["row"] in VARIANTS for row in rows):
+            text += f"\n\n{self.gains(rows, than='grpo')}"
         write_text(self.output / "results.md", text + "\n")
         return text
 
-    def gains(self, rows: Sequence[dict[str, Any]]) -> str:
-        """Return a Markdown table of what each row adds to SFT's test score (paired bootstrap over the questions)."""
+    def gains(self, rows: Sequence[dict[str, Any]], than: str = "sft") -> str:
+        """Return a Markdown table of what each row adds to the test score of another (paired bootstrap, questions).
+
+        Args:
+            rows: what was measured.
+            than: the other row, of the same seed. More than SFT: all rows; more than GRPO: its variants.
+        """
         import numpy as np
 
         lines = [
-            "| less SFT of the same seed | seeds | test score | 95 % interval | EM: right now / wrong now |",
+            f"| less {TITLES[than]}, same seed | seeds | test score | 95 % interval | EM: right now / wrong now |",
             "|-" * 5 + "|",
         ]
-        seeds_of = {kind: {row["seed"] for row in rows if row["row"] == kind and not row["stopped"]} for kind in ROWS}
-        for kind, (name, _) in ROWS.items():
-            seeds = sorted(seeds_of[kind] & seeds_of["sft"])
-            if kind == "sft" or not seeds:
+        seeds_of = {kind: {row["seed"] for row in rows if row["row"] == kind and not row["stopped"]} for kind in TITLES}
+        for kind in TITLES if than == "sft" else VARIANTS:
+            seeds = sorted(seeds_of[kind] & seeds_of[than])
+            if kind == than or not seeds:
                 continue
-            ours, sft = (np.hstack([self._scores(one, seed) for seed in seeds]) for one in (kind, "sft"))
-            (gain,) = np.nanmean(ours, 0, keepdims=True).mean(1) - np.nanmean(sft, 0, keepdims=True).mean(1)
-            means = resampled_means(np.hstack([ours, sft])).reshape(RESAMPLES, 2, -1).mean(2)
+            ours, base = (np.hstack([self._scores(one, seed) for seed in seeds]) for one in (kind, than))
+            (gain,) = np.nanmean(ours, 0, keepdims=True).mean(1) - np.nanmean(base, 0, keepdims=True).mean(1)
+            means = resampled_means(np.hstack([ours, base])).reshape(RESAMPLES, 2, -1).mean(2)
             low, high = interval(means[:, 0] - means[:, 1])
-            changed = ours[:, ::2] - sft[:, ::2]
+            changed = ours[:, ::2] - base[:, ::2]
             sizes = f"{int((changed > 0).sum())} / {int((changed < 0).sum())}"
             listed = ", ".join(map(str, seeds))
-            lines.append(f"| {name} | {listed} | {gain:+.4f} | {low:+.4f} to {high:+.4f} | {sizes} |")
+            lines.append(f"| {TITLES[kind]} | {listed} | {gain:+.4f} | {low:+.4f} to {high:+.4f} | {sizes} |")
         return "\n".join(lines)
 
     def _scores(self, row: str, seed: int) -> Any:  # noqa: ANN401 -- an array
@@ -254,6 +284,16 @@ class Comparison:
 
         scores = evaluate(self._data / "test.json", self.folder(row, seed) / "test.json")
         return np.array([[score.exact_match, score.rouge_1] for score in scores], dtype=float)
+
+
+def _changes(stage: str) -> tuple[str, ...]:
+    """Return what a variant changes of the recipe, nothing of other stages."""
+    return VARIANTS[stage][1] if stage in VARIANTS else ()
+
+
+def _uses(stage: str) -> int:
+    """Return how many updates read each completion."""
+    return 2 if TWICE in _changes(stage) else 1
 
 
 def _read(path: Path, missing: Any = None) -> Any:  # noqa: ANN401 -- any JSON
@@ -304,7 +344,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"| row | seeds | {' | '.join(columns)} |", "|-" * (len(columns) + 2) + "|"]
     steps = sorted({point["step"] for row in rows for point in row["curve"]})
     curves = [f"| dev score at step | {' | '.join(map(str, steps))} |", "|-" * (len(steps) + 1) + "|"]
-    for kind, (name, _) in ROWS.items():
+    for kind, name in TITLES.items():
         seeds = [row for row in rows if row["row"] == kind]
         if not seeds:
             continue
@@ -323,14 +363,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 @click.command(cls=Command)
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
-@click.option("--row", "rows", multiple=True, type=click.Choice(list(ROWS)), default=tuple(ROWS), help="Only these.")
+@click.option("--row", "rows", multiple=True, type=click.Choice(list(TITLES)), help="Only these.")
+@click.option("--variants", is_flag=True, help="SFT, GRPO, and GRPO with one thing changed, in place of the claims.")
 @click.option("--steps", type=click.IntRange(min=2), help="Of every row but SFT; default: those of GRPO's recipe.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True)
-def main(seeds: Sequence[int], rows: Sequence[str], steps: int | None, output: Path) -> None:
+def main(seeds: Sequence[int], rows: Sequence[str], variants: bool, steps: int | None, output: Path) -> None:
     """Train, answer and measure; write OUTPUT/results.json and results.md, and print the table."""
     comparison = Comparison(output, steps)
     for seed in seeds:
-        for row in rows:
+        for row in rows or (("sft", "grpo", *VARIANTS) if variants else ROWS):
             comparison.measure(row, seed)
     click.echo(f"\n{comparison.write_results()}")
 

@@ -1,6 +1,7 @@
 """The comparison of training methods: what is trained beside the recipes runs, is measured, and is made once."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,12 @@ def test_gains_are_over_the_sft_of_the_same_seeds(work, tmp_path):
     assert gold.endswith(" | 2 / 0 |")
     assert dpo.startswith("| SFT → DPO | 1 | -")
     assert dpo.endswith(" | 0 / 2 |")
+    rows += [{"row": row, "seed": 0, "stopped": False} for row in ("grpo", "dr_grpo")]
+    for row, answers in (("grpo", wrong), ("dr_grpo", golds)):
+        write_records(tmp_path / f"{row}-0" / "test.json", answers)
+    (variant,) = Comparison(tmp_path, 2, work[0]).gains(rows, than="grpo").splitlines()[2:]
+    assert variant.startswith("| SFT → GRPO, Dr. GRPO | 0 | +")
+    assert variant.endswith(" | 2 / 0 |")
 
 
 @pytest.mark.slow
@@ -201,6 +208,19 @@ def test_reward_model_ppo_and_rloo_on_a_few_tokens(work, sft, run_module, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_variant_that_uses_completions_twice_is_measured_after_twice_the_steps(work, sft, monkeypatch):
+    data, output = work
+    monkeypatch.chdir(ROOT)
+    run = output / "gspo_twice-0"
+    for name in ("adapter", "checkpoint-4"):  # as of a finished run
+        shutil.copytree(sft, run / name)
+    (run / "log.json").write_text(json.dumps([{"step": 4, "step_seconds": 2.5}]), "utf-8")
+    measured = Comparison(output, 2, data).measure("gspo_twice", 0)
+    costs = measured["costs"]["gspo_twice"]
+    assert (costs["steps"], costs["completions"], costs["seconds"]) == (4, 128, 10.0)
+
+
+@pytest.mark.slow
 def test_rows_are_measured_once(work, sft, capfd, monkeypatch):
     data, output = work
     monkeypatch.chdir(ROOT)
@@ -217,4 +237,5 @@ def test_rows_are_measured_once(work, sft, capfd, monkeypatch):
     assert comparison.measure("gold", 0) == measured
     assert capfd.readouterr().out == ""
     assert "| SFT → DPO | 0 |" in comparison.write_results()
-    assert len(json.loads((output / "results.json").read_text("utf-8"))["rows"]) == 2
+    rows = json.loads((output / "results.json").read_text("utf-8"))["rows"]
+    assert {"dpo", "gold"} <= {row["row"] for row in rows}
