@@ -43,7 +43,14 @@ from malpyeong.training.gold import GoldAnswers
 from malpyeong.training.preview import preview
 from malpyeong.training.rewards import RewardRun, functions_of, load_models
 from malpyeong.training.run import open_run
-from malpyeong.training.session import announce_compilation, batches, precision, recorded, trackers
+from malpyeong.training.session import (
+    announce_compilation,
+    batches,
+    keep_reference,
+    precision,
+    recorded,
+    trackers,
+)
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
@@ -164,6 +171,8 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
     with_gold = training.gold_advantage > 0
     rewards = RewardRun(weights, training.num_generations, models, training.min_group_std, functions, with_gold)
     model, tokenizer = load_for_training(model_block, training.seed, training.gradient_checkpointing, training.use_vllm)
+    if training.beta and backend == "unsloth":
+        keep_reference(model)
     prompts = training.generations * training.groups
     order = training.seed if training.shuffle else None
     dataset = grpo_dataset(tokenizer, questions, model_block.max_length, training.max_completion_length, prompts, order)

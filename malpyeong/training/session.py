@@ -76,6 +76,18 @@ def keep_adapter_in_float32(model: Any) -> None:  # noqa: ANN401 -- a PeftModel
             parameter.data = parameter.data.float()
 
 
+def keep_reference(model: Any) -> None:  # noqa: ANN401 -- a PeftModel
+    """Keep a copy of the adapter that is trained, which the KL penalty (``training.beta``) is measured against.
+
+    TRL's trainer does so when it is made; Unsloth leaves that out, and its KL would pull towards the base without an
+    adapter, away from all that SFT has taught.
+    """
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+
+
 def trackers(name: str) -> list[str]:
     """Return the trainer's ``report_to`` for ``training.report_to``.
 

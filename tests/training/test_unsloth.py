@@ -13,13 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
+from malpyeong.contest.records import load_records, write_records
 from malpyeong.errors import InputError
 from malpyeong.models import environment
 from malpyeong.models.environment import version_problems
-from malpyeong.samples import TINY_BASE
+from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from tests.training import unsloth_arguments
 
@@ -351,3 +354,105 @@ def test_our_loading_goes_through_unsloth(tmp_path):
     out = run(CPU_BACKEND, TINY_BASE, tmp_path / "adapter", UNSLOTH_COMPILE_LOCATION=cache).splitlines()[-1].split()
     assert int(out[0]) > 0
     assert out[1:] == ["<|im_end|>", "True", "True", "cpu"]
+
+
+# What docs/training.md lists, and ways through the trainer that a user's run takes: GRPO with, for two steps.
+SAME_STEPS = {
+    "dapo": (),
+    "gold": ("training.gold_advantage=4",),
+    "bnpo": ("training.loss_type=bnpo",),
+    "dr_grpo": ("training.loss_type=dr_grpo",),
+    "gspo": ("training.loss_type=grpo", "training.importance_sampling_level=sequence", "training.num_iterations=2"),
+    "cispo": ("training.loss_type=cispo", "training.epsilon_high=5", "training.num_iterations=2"),
+    "sapo": ("training.loss_type=sapo", "training.num_iterations=2"),
+    "clipped": ("training.num_iterations=2",),
+    "beta": ("training.beta=0.2",),
+    "entropy": ("training.entropy_coef=0.5",),
+    "rloo": ("training.multi_objective_aggregation=sum_then_normalize", "training.scale_rewards=none"),
+    "accumulated": ("training.batch_size=4", "training.gradient_accumulation_steps=2"),
+    "checkpointed": ("training.gradient_checkpointing=true",),
+    "dev": ("data.dev=DEV", "training.eval_steps=1", "training.gold_advantage=4"),
+}
+THREE = ("training.max_steps=3", "training.save_steps=1", "training.gold_advantage=4", "training.beta=0.2")
+SHORT = (
+    *("model.dtype=bfloat16", "training.optim=sgd", "training.learning_rate=0.05", "training.warmup_steps=0"),
+    "data.train=TRAIN",
+)
+SHORT_GRPO = (
+    *("training.batch_size=8", "training.num_generations=4", "training.max_completion_length=24"),
+    *("training.max_steps=2", "training.save_steps=2", "training.gold_advantage=0", "data.rewards={REWARDS:length: 1}"),
+    "training.lr_scheduler_type=constant_with_warmup",
+)
+SHORT_SFT = (
+    *("data.dev=DEV", "training.best_by=score", "training.epochs=1", "training.batch_size=4"),
+    *("training.eval_steps=1", "training.logging_steps=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """Logs and weights of the recipes' first steps, by TRL's own trainers and by those that Unsloth generates."""
+    folder = tmp_path_factory.mktemp("steps")
+    short = sorted(load_records(DATA / "explore.json", answers="gold"), key=lambda record: len(record.question))
+    write_records(folder / "train.json", short[:8])
+    write_records(folder / "dev.json", short[8:12])
+    rewards = "def length(completions, reference, **_):\n    return [len(set(text)) for text in completions]\n"
+    (folder / "rewards.py").write_text(rewards, "utf-8")
+    files = {"TRAIN": folder / "train.json", "DEV": folder / "dev.json", "REWARDS": folder / "rewards.py"}
+    start = ("model.adapter=null", "training.optim=adamw_torch", "training.learning_rate=1e-2")
+
+    def job(stage, output, *overrides):
+        words = (*SHORT, *(SHORT_SFT if stage == "sft" else SHORT_GRPO), *overrides, f"training.output={output}")
+        for name, path in files.items():
+            words = [word.replace(name, str(path)) for word in words]
+        return [f"recipes/{stage}.py", f"recipes/tiny/{stage}.yaml", *words]
+
+    found = {}
+    for backend in ("hf", "unsloth"):
+        own, adapter = folder / backend, f"model.adapter={folder / 'hf' / 'start' / 'adapter'}"
+        jobs = [job("grpo", own / "start", *start)] if backend == "hf" else []
+        jobs += [job("grpo", own / name, adapter, *overrides) for name, overrides in SAME_STEPS.items()]
+        jobs += [job("sft", own / "sft", adapter)]
+        if backend == "unsloth":
+            jobs += [job("grpo", own / "whole", adapter, *THREE)]
+            jobs += [job("grpo", own / "resumed", adapter, *THREE, "training.max_steps=2")]
+            jobs += [[*job("grpo", own / "resumed", adapter, *THREE), "--resume", "auto"]]
+        (folder / "jobs.json").write_text(json.dumps(jobs), "utf-8")
+        code = "from tests.training.unsloth_cpu import main; main()"
+        run(code, backend, folder / "jobs.json", UNSLOTH_COMPILE_LOCATION=str(folder / "cache"))
+        for path in own.iterdir():
+            log = json.loads((path / "log.json").read_text("utf-8"))
+            found.setdefault(path.name, {})[backend] = log, load_file(path / "adapter" / "adapter_model.safetensors")
+    return found
+
+
+def first(log, key):
+    return next(row[key] for row in log if key in row)
+
+
+@needs_generator
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SAME_STEPS, "sft"])
+def test_unsloths_trainer_takes_the_same_steps_as_trls(name, steps):
+    """Up to the rounding of bfloat16, which may make another completion of the second step's."""
+    (plain, ours), (log, theirs) = steps[name]["hf"], steps[name]["unsloth"]
+    assert first(log, "loss") == pytest.approx(first(plain, "loss"), rel=0.02, abs=2e-3)
+    assert first(log, "grad_norm") == pytest.approx(first(plain, "grad_norm"), rel=0.02)
+    if name != "sft":
+        assert first(log, "reward") == first(plain, "reward")
+    for key in ("eval_loss", "eval_score"):
+        assert [row[key] for row in log if key in row] == pytest.approx(
+            [row[key] for row in plain if key in row], rel=0.02
+        )
+    start = steps["start"]["hf"][1]
+    moved = [torch.cat([(each[key] - start[key]).flatten() for key in start]) for each in (ours, theirs)]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
+    assert moved[1].norm() == pytest.approx(float(moved[0].norm()), rel=0.1)
+
+
+@needs_generator
+@pytest.mark.slow
+def test_a_run_of_unsloths_trainer_resumes_to_the_same_bits(steps):
+    (log, whole), (_, resumed) = steps["whole"]["unsloth"], steps["resumed"]["unsloth"]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert first(log, "kl") < 0.01  # the reference is the adapter that it started from, not the base
