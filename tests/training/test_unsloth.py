@@ -304,6 +304,7 @@ def generated(tmp_path_factory):
 
 
 @needs_generator
+@pytest.mark.slow
 def test_unsloths_generated_configurations_leave_no_other_default(generated):
     """Every default that differs from TRL's own is among what the recipes state."""
     for stage in ("sft", "grpo"):
@@ -312,6 +313,7 @@ def test_unsloths_generated_configurations_leave_no_other_default(generated):
 
 
 @needs_generator
+@pytest.mark.slow
 def test_unsloths_generated_trainers_go_on_or_end_with_the_reason(generated):
     out, found = generated
     for stage in ("sft", "grpo"):
@@ -321,6 +323,7 @@ def test_unsloths_generated_trainers_go_on_or_end_with_the_reason(generated):
 
 
 @needs_generator
+@pytest.mark.slow
 def test_the_list_of_assignments_is_complete(generated):
     """``python -m tests.training.unsloth_arguments`` brings it up to date."""
     key = unsloth_arguments.key
@@ -348,6 +351,7 @@ print(sum(trained), tokenizer.eos_token, gradient > 0, same, unsloth.DEVICE_TYPE
 
 
 @needs_unsloth
+@pytest.mark.slow
 def test_our_loading_goes_through_unsloth(tmp_path):
     """Its CPU backend: stock TRL and PEFT behind Unsloth's functions, so a test of our calls, not of its kernels."""
     cache = str(tmp_path / "cache")
@@ -356,8 +360,8 @@ def test_our_loading_goes_through_unsloth(tmp_path):
     assert out[1:] == ["<|im_end|>", "True", "True", "cpu"]
 
 
-# What docs/training.md lists, and ways through the trainer that a user's run takes: GRPO with, for two steps.
-SAME_STEPS = {
+# GRPO with what docs/training.md lists, and with other ways through the trainer; two steps each.
+GRPO = {
     "dapo": (),
     "gold": ("training.gold_advantage=4",),
     "bnpo": ("training.loss_type=bnpo",),
@@ -374,18 +378,18 @@ SAME_STEPS = {
     "dev": ("data.dev=DEV", "training.eval_steps=1", "training.gold_advantage=4"),
 }
 THREE = ("training.max_steps=3", "training.save_steps=1", "training.gold_advantage=4", "training.beta=0.2")
-SHORT = (
-    *("model.dtype=bfloat16", "training.optim=sgd", "training.learning_rate=0.05", "training.warmup_steps=0"),
-    "data.train=TRAIN",
-)
+# What users run (make sft-qwen, grpo-qwen), with the tiny model in Qwen's place.
+QWEN = ("recipes/models/qwen.yaml", "gpu=24gb", f"model.name={TINY_BASE}", "model.lora={r: 32, alpha: 64}")
+PLAIN = ("model.load_in_4bit=false",)
+SHORT = ("model.dtype=bfloat16", "training.optim=sgd", "training.learning_rate=0.05", "training.warmup_steps=0")
 SHORT_GRPO = (
     *("training.batch_size=8", "training.num_generations=4", "training.max_completion_length=24"),
     *("training.max_steps=2", "training.save_steps=2", "training.gold_advantage=0", "data.rewards={REWARDS:length: 1}"),
-    "training.lr_scheduler_type=constant_with_warmup",
+    *("training.lr_scheduler_type=constant_with_warmup", "data.train=TRAIN", "data.scorers=null"),
 )
 SHORT_SFT = (
-    *("data.dev=DEV", "training.best_by=score", "training.epochs=1", "training.batch_size=4"),
-    *("training.eval_steps=1", "training.logging_steps=1"),
+    *("data.train=TRAIN", "data.dev=DEV", "training.best_by=score", "training.epochs=1", "training.batch_size=4"),
+    *("training.gradient_accumulation_steps=1", "training.eval_steps=1", "training.logging_steps=1"),
 )
 
 
@@ -399,28 +403,31 @@ def steps(tmp_path_factory):
     rewards = "def length(completions, reference, **_):\n    return [len(set(text)) for text in completions]\n"
     (folder / "rewards.py").write_text(rewards, "utf-8")
     files = {"TRAIN": folder / "train.json", "DEV": folder / "dev.json", "REWARDS": folder / "rewards.py"}
-    start = ("model.adapter=null", "training.optim=adamw_torch", "training.learning_rate=1e-2")
+    adapter = f"model.adapter={folder / 'hf' / 'start' / 'adapter'}"
 
-    def job(stage, output, *overrides):
-        words = (*SHORT, *(SHORT_SFT if stage == "sft" else SHORT_GRPO), *overrides, f"training.output={output}")
-        for name, path in files.items():
-            words = [word.replace(name, str(path)) for word in words]
-        return [f"recipes/{stage}.py", f"recipes/tiny/{stage}.yaml", *words]
+    def job(backend, name, stage, recipe, *overrides):
+        words = (*SHORT, *(SHORT_SFT if stage == "sft" else SHORT_GRPO), adapter, *overrides)
+        for short, path in files.items():
+            words = [word.replace(short, str(path)) for word in words]
+        return [f"recipes/{stage}.py", f"recipes/{recipe}", *words, f"training.output={folder / backend / name}"]
 
     found = {}
     for backend in ("hf", "unsloth"):
-        own, adapter = folder / backend, f"model.adapter={folder / 'hf' / 'start' / 'adapter'}"
-        jobs = [job("grpo", own / "start", *start)] if backend == "hf" else []
-        jobs += [job("grpo", own / name, adapter, *overrides) for name, overrides in SAME_STEPS.items()]
-        jobs += [job("sft", own / "sft", adapter)]
-        if backend == "unsloth":
-            jobs += [job("grpo", own / "whole", adapter, *THREE)]
-            jobs += [job("grpo", own / "resumed", adapter, *THREE, "training.max_steps=2")]
-            jobs += [[*job("grpo", own / "resumed", adapter, *THREE), "--resume", "auto"]]
+        jobs = [job(backend, name, "grpo", "tiny/grpo.yaml", *overrides) for name, overrides in GRPO.items()]
+        jobs += [job(backend, "sft", "sft", "tiny/sft.yaml")]
+        jobs += [[*job(backend, f"{stage}-qwen", stage, f"{stage}.yaml", *PLAIN), *QWEN] for stage in ("sft", "grpo")]
+        jobs += [[*job(backend, "sft-qwen-nf4", "sft", "sft.yaml"), *QWEN]]
+        if backend == "hf":
+            new = ("model.adapter=null", "training.optim=adamw_torch", "training.learning_rate=1e-2")
+            jobs = [job(backend, "start", "grpo", "tiny/grpo.yaml", *new), *jobs]
+        else:
+            jobs += [job(backend, "whole", "grpo", "tiny/grpo.yaml", *THREE)]
+            jobs += [job(backend, "resumed", "grpo", "tiny/grpo.yaml", *THREE, "training.max_steps=2")]
+            jobs += [[*job(backend, "resumed", "grpo", "tiny/grpo.yaml", *THREE), "--resume", "auto"]]
         (folder / "jobs.json").write_text(json.dumps(jobs), "utf-8")
         code = "from tests.training.unsloth_cpu import main; main()"
         run(code, backend, folder / "jobs.json", UNSLOTH_COMPILE_LOCATION=str(folder / "cache"))
-        for path in own.iterdir():
+        for path in (folder / backend).iterdir():
             log = json.loads((path / "log.json").read_text("utf-8"))
             found.setdefault(path.name, {})[backend] = log, load_file(path / "adapter" / "adapter_model.safetensors")
     return found
@@ -432,13 +439,13 @@ def first(log, key):
 
 @needs_generator
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*SAME_STEPS, "sft"])
+@pytest.mark.parametrize("name", [*GRPO, "grpo-qwen", "sft", "sft-qwen", "sft-qwen-nf4"])
 def test_unsloths_trainer_takes_the_same_steps_as_trls(name, steps):
     """Up to the rounding of bfloat16, which may make another completion of the second step's."""
     (plain, ours), (log, theirs) = steps[name]["hf"], steps[name]["unsloth"]
     assert first(log, "loss") == pytest.approx(first(plain, "loss"), rel=0.02, abs=2e-3)
     assert first(log, "grad_norm") == pytest.approx(first(plain, "grad_norm"), rel=0.02)
-    if name != "sft":
+    if not name.startswith("sft"):
         assert first(log, "reward") == first(plain, "reward")
     for key in ("eval_loss", "eval_score"):
         assert [row[key] for row in log if key in row] == pytest.approx(
@@ -446,8 +453,8 @@ def test_unsloths_trainer_takes_the_same_steps_as_trls(name, steps):
         )
     start = steps["start"]["hf"][1]
     moved = [torch.cat([(each[key] - start[key]).flatten() for key in start]) for each in (ours, theirs)]
-    assert torch.cosine_similarity(*moved, dim=0) > 0.9
-    assert moved[1].norm() == pytest.approx(float(moved[0].norm()), rel=0.1)
+    assert torch.cosine_similarity(*moved, dim=0) > (0.7 if name.endswith("nf4") else 0.85)  # NF4 rounds more
+    assert moved[1].norm() == pytest.approx(float(moved[0].norm()), rel=0.15)
 
 
 @needs_generator
