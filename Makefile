@@ -16,7 +16,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm lock demo test test-all lint format samples tiny-base offline bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts compare bench-gpu gpu-check torture clean
+.PHONY: help setup setup-vllm setup-unsloth lock demo test test-all lint format samples tiny-base offline bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts compare bench-gpu gpu-check torture clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -43,6 +43,10 @@ $(STAMP): pyproject.toml
 
 setup-vllm: $(STAMP) ## add vLLM, for a GPU from the Ampere generation on
 	$(RUN) -m pip install --quiet --constraint constraints/gpu-vllm.txt --editable ".[gpu,vllm]"
+
+# Where there is no GPU, for tests/training/test_unsloth.py: without what it asks for on a card.
+setup-unsloth: $(STAMP)
+	$(RUN) -m pip install --quiet --no-deps --constraint constraints/gpu.txt unsloth unsloth_zoo triton
 
 # What pip would install beside the pins of pyproject.toml and these: torchvision, triton and vLLM go with one torch.
 RESOLVE = $(RUN) -m pip install --quiet --dry-run --ignore-installed --use-feature=fast-deps --report - --group dev --editable

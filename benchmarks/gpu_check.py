@@ -199,6 +199,10 @@ class Check:
         log = [row for row in read_run(step.output).log if "step_seconds" in row]
         if step.resumes and [row["step"] for row in log] != list(range(1, recipe.training.max_steps + 1)):
             raise ValueError(f"the log has the steps {[row['step'] for row in log]}")
+        if log and log[0].get("kl", 0) > 0.01:
+            raise ValueError(
+                f"KL {log[0]['kl']:.3g} before the first update: the reference is not the adapter at the start"
+            )
         figures: dict[str, Any] = {"steps": len(log)}
         if log:
             figures["first_step_seconds"] = round(log[0]["step_seconds"], 2)
@@ -267,6 +271,9 @@ def everything(check: Check) -> Iterator[Step]:
     four_steps = ["training.max_steps=4", "training.save_steps=1", f"training.output={grpo}", "--resume", "auto"]
     yield Step("GRPO, killed", [*command, *four_steps], grpo, check.trained, name, kill=True)
     yield Step("GRPO, resumed", [*command, *four_steps], grpo, check.trained, name, resumes=True)
+    more = ["training.beta=0.04", "training.gold_advantage=4", f"data.dev={dev}", "training.eval_steps=1"]
+    more += ["training.max_steps=2", f"training.output={check.work / 'grpo-more'}"]
+    yield Step("GRPO, KL, gold, dev", [*command, *more], check.work / "grpo-more", check.trained, name)
     # vLLM's share of a smaller card would hold hardly more than 16-bit weights.
     sampled = [f"model.load_in_4bit={str(check.gib < 38).lower()}", "training.use_vllm=true", "training.max_steps=2"]
     command += [*sampled, f"training.output={vllm}"]

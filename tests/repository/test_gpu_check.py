@@ -31,7 +31,8 @@ def test_every_step_runs_and_the_figures_are_those_of_the_logs(work, run_module)
     assert result.returncode == 0, result.stdout + result.stderr
     found = rows(work)
     assert {name: row["status"] for name, row in found.items() if "vllm" not in name.lower()} == {
-        "SFT": "ok", "GRPO, killed": "killed", "GRPO, resumed": "ok", "export": "ok", "predict, transformers": "ok",
+        "SFT": "ok", "GRPO, killed": "killed", "GRPO, resumed": "ok", "GRPO, KL, gold, dev": "ok", "export": "ok",
+        "predict, transformers": "ok",
     }  # fmt: skip
     steps = [row for row in json.loads((work / "grpo" / "log.json").read_text("utf-8")) if "step_seconds" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
