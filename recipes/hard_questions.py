@@ -25,6 +25,7 @@ What ``--share`` gains on the sample data is in docs/grpo-tiny.md; ``--pass-rate
 Raises ``InputError`` (exit code 2) for anything wrong with the recipe or the data.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
@@ -104,6 +105,33 @@ def pass_rates(recipe: GRPORecipe, questions: Questions, samples: int, path: Pat
     return [right[record.id] / samples for record in records]
 
 
+def hardest(ppl: Sequence[float], share: float) -> tuple[list[int], dict[int, str], str]:
+    """Return the rows of the highest perplexities in their order, what to show of the hardest, and a line."""
+    ranked = sorted(range(len(ppl)), key=lambda row: (-ppl[row], row))
+    chosen = sorted(ranked[: max(1, round(share * len(ranked)))])
+    line = (
+        f"the {len(chosen)} hardest of {len(ppl)} questions, perplexity {min(ppl[row] for row in chosen):.3f} and more "
+        f"(median of all {median(ppl):.3f})"
+    )
+    return chosen, {row: f"{ppl[row]:8.3f}" for row in ranked[:5]}, line
+
+
+def within(
+    rates: Sequence[float], band: tuple[float, float], samples: int, easy_first: bool
+) -> tuple[list[int], dict[int, str], str]:
+    """Return the rows whose pass rate is in the band, what to show of those that are never right, and a line."""
+    low, high = band
+    chosen = [row for row, rate in enumerate(rates) if low <= rate <= high]
+    if easy_first:
+        chosen.sort(key=lambda row: -rates[row])
+    never = {row: "   never" for row, rate in enumerate(rates) if rate == 0}
+    line = (
+        f"{len(chosen)} of {len(rates)} questions, right in {low:g} to {high:g} of {samples} completions; "
+        f"never right {len(never)}, always right {rates.count(1)}, mean {fmean(rates):.3f}"
+    )
+    return chosen, never, line
+
+
 @click.command(cls=Command)
 @click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[block.key=value]...")
@@ -143,30 +171,14 @@ def main(
     cure = "a smaller model" if block.load_in_4bit else "model.load_in_4bit=true or a smaller model"
     with out_of_memory(f"take {cure}"):
         if band is None:
-            ppl = perplexities(recipe, questions)
+            chosen, shown, line = hardest(perplexities(recipe, questions), share)
         else:
             rates = pass_rates(recipe, questions, samples, output.with_name(f"{output.stem}.rates.jsonl"))
-    if band is None:
-        ranked = sorted(range(len(ppl)), key=lambda row: (-ppl[row], row))
-        chosen = sorted(ranked[: max(1, round(share * len(ranked)))])
-        hardest = {row: f"{ppl[row]:8.3f}" for row in ranked[:5]}
-        line = (
-            f"the {len(chosen)} hardest of {len(records)} questions, perplexity {min(ppl[row] for row in chosen):.3f} "
-            f"and more (median of all {median(ppl):.3f})"
-        )
-    else:
-        chosen = [row for row, rate in enumerate(rates) if band[0] <= rate <= band[1]]
-        if not chosen:
-            raise InputError(f"{data.train}: no question has a pass rate from {band[0]:g} to {band[1]:g}")
-        if easy_first:
-            chosen.sort(key=lambda row: -rates[row])
-        hardest = {row: "   never" for row, rate in enumerate(rates) if rate == 0}
-        line = (
-            f"{len(chosen)} of {len(records)} questions, right in {band[0]:g} to {band[1]:g} of {samples} completions; "
-            f"never right {len(hardest)}, always right {rates.count(1)}, mean {fmean(rates):.3f}"
-        )
+            chosen, shown, line = within(rates, band, samples, easy_first)
+    if not chosen:
+        raise InputError(f"{data.train}: {line}")
     write_records(output, [records[row] for row in chosen])
-    for row, score in list(hardest.items())[:5]:
+    for row, score in list(shown.items())[:5]:
         click.echo(f"  {score}  id {printable(records[row].id, 40)}: {printable(records[row].question, 100)}")
     click.echo(f"{output}: {line}")
 
