@@ -62,6 +62,7 @@ TWICE = "training.num_iterations=2"
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "all": ("all questions", ()),
     "band": ("pass rate 0.1 to 0.9", ()),
+    "band_gold": ("pass rate 0.1 to 0.9, with the gold answers", ("training.gold_advantage=4",)),
     "loss_grpo": ("GRPO's loss (as GSPO and SAPO)", ("training.loss_type=grpo",)),
     "dr_grpo": ("Dr. GRPO", ("training.loss_type=dr_grpo",)),
     "kl": ("beta 0.04", ("training.beta=0.04",)),
@@ -133,7 +134,7 @@ class Comparison:
             recipe = (RECIPES / "sft.py", RECIPES / "tiny" / "sft.yaml", *MORE_SFT, f"training.batch_size={size}")
             self._make(run / "adapter", *recipe, start, *files, *score, *of_run, "--resume", "auto")
             return last
-        asked = self._data / "explore.json" if stage == "all" else self._hard(seed, by_rate=stage == "band")
+        asked = self._data / "explore.json" if stage == "all" else self._hard(seed, by_rate=stage.startswith("band"))
         files = (f"data.train={asked}", f"data.dev={self._dev}", f"training.max_steps={self._steps * uses}")
         grpo = (RECIPES / "tiny" / "grpo.yaml", start, *files, often, *of_run)
         if stage in ("zero", "grpo", "grpo_gold", *VARIANTS):
