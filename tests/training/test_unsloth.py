@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe, SFTRecipe
 from malpyeong.contest.records import load_records, write_records
+from malpyeong.contest.rulebook import Rule
 from malpyeong.errors import InputError
 from malpyeong.models import environment
 from malpyeong.models.environment import version_problems
+from malpyeong.prompts.context import write_contexts
 from malpyeong.samples import DATA, TINY_BASE
 from malpyeong.training.arguments import check_arguments, expected_arguments
 from tests.training import unsloth_arguments
@@ -376,6 +378,10 @@ GRPO = {
     "accumulated": ("training.batch_size=4", "training.gradient_accumulation_steps=2"),
     "checkpointed": ("training.gradient_checkpointing=true",),
     "dev": ("data.dev=DEV", "training.eval_steps=1", "training.gold_advantage=4"),
+    "choice": (
+        *("data.mode=choose_rule", "data.context=CONTEXT", "data.labels=LABELS", "training.gold_advantage=4"),
+        "data.rewards={REWARDS:length: 1, choice: 1}",
+    ),
 }
 THREE = ("training.max_steps=3", "training.save_steps=1", "training.gold_advantage=4", "training.beta=0.2")
 # What users run (make sft-qwen, grpo-qwen), with the tiny model in Qwen's place.
@@ -402,13 +408,17 @@ def steps(tmp_path_factory):
     write_records(folder / "dev.json", short[8:12])
     rewards = "def length(completions, reference, **_):\n    return [len(set(text)) for text in completions]\n"
     (folder / "rewards.py").write_text(rewards, "utf-8")
+    rules = [Rule(f"한글 맞춤법 제{number}항", "맞춤법", "그대로 적는다.") for number in (1, 2, 3)]
+    write_contexts(folder / "context.jsonl", short[:8], [[(0.0, rule) for rule in rules]] * 8, [[]] * 8)
+    (folder / "labels.json").write_text(json.dumps({record.id: rules[1].id for record in short[:8]}), "utf-8")
     files = {"TRAIN": folder / "train.json", "DEV": folder / "dev.json", "REWARDS": folder / "rewards.py"}
+    files |= {"CONTEXT": folder / "context.jsonl", "LABELS": folder / "labels.json"}
     adapter = f"model.adapter={folder / 'hf' / 'start' / 'adapter'}"
 
     def job(backend, name, stage, recipe, *overrides):
         words = (*SHORT, *(SHORT_SFT if stage == "sft" else SHORT_GRPO), adapter, *overrides)
-        for short, path in files.items():
-            words = [word.replace(short, str(path)) for word in words]
+        for name_of_file, path in files.items():
+            words = [word.replace(name_of_file, str(path)) for word in words]
         return [f"recipes/{stage}.py", f"recipes/{recipe}", *words, f"training.output={folder / backend / name}"]
 
     found = {}
