@@ -125,6 +125,12 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
             check_vllm(recipe.model, recipe.training.use_vllm)
         except InputError as error:
             yield Finding("error", error.message)
+        if recipe.training.use_vllm and recipe.training.beta and backend == "unsloth":
+            yield Finding(
+                "error",
+                "training.beta: Unsloth hands vLLM all of the adapters, the reference too, which vLLM cannot load",
+                "set training.beta=0, or leave training.use_vllm out",
+            )
     model = recipe.model
     try:
         tokenizer = tokenizer_of(model)

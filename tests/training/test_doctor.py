@@ -366,6 +366,16 @@ def test_vllm_is_refused_with_a_cure_where_it_cannot_run(data):
     assert any("training.use_vllm" in error for error in found(grpo(data, "training.use_vllm=true"), "error"))
 
 
+def test_a_reference_adapter_is_kept_from_vllm_under_unsloth(data):
+    both = grpo(data, "training.use_vllm=true", "training.beta=0.04")
+    errors = {
+        backend: [each.text for each in examine(both, backend) if each.level == "error"]
+        for backend in ("unsloth", "hf")
+    }
+    assert any(text.startswith("training.beta: ") for text in errors["unsloth"])
+    assert not any(text.startswith("training.beta: ") for text in errors["hf"])
+
+
 def test_out_of_memory_names_the_peak_and_the_lever(data, monkeypatch):
     recipe = load_recipe("recipes/grpo.yaml", ["recipes/models/qwen.yaml", "gpu=24gb"], GRPORecipe)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**30)
