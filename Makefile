@@ -16,7 +16,7 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm setup-unsloth lock demo test test-all lint format samples tiny-base offline bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts compare bench-gpu gpu-check torture clean
+.PHONY: help setup setup-vllm setup-unsloth lock demo test test-slow test-all lint format samples tiny-base offline bench-rewards bench-ppl bench-decoding bench-overhead bench-contexts compare bench-gpu gpu-check torture clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -44,8 +44,7 @@ $(STAMP): pyproject.toml
 setup-vllm: $(STAMP) ## add vLLM, for a GPU from the Ampere generation on
 	$(RUN) -m pip install --quiet --constraint constraints/gpu-vllm.txt --editable ".[gpu,vllm]"
 
-# Where there is no GPU, for tests/training/test_unsloth.py: without what it asks for on a card.
-setup-unsloth: $(STAMP)
+setup-unsloth: $(STAMP) ## add Unsloth where there is no GPU, for its tests (without what it needs on a card)
 	$(RUN) -m pip install --quiet --no-deps --constraint constraints/gpu.txt unsloth unsloth_zoo triton
 
 # What pip would install beside the pins of pyproject.toml and these: torchvision, triton and vLLM go with one torch.
@@ -64,8 +63,10 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 test: $(STAMP) ## run the tests (4 minutes on two cores)
 	$(PYTEST) -m "not slow"
 
-test-all: test ## after them the slow ones: whole runs, the notebook, browser pages, fuzzing
+test-slow: $(STAMP)
 	$(PYTEST) -m slow
+
+test-all: test test-slow ## after them the slow ones: whole runs, the notebook, browser pages, fuzzing
 
 lint: $(STAMP) ## ruff, mypy and the order of the rooms
 	$(RUN) -m ruff check .
@@ -116,7 +117,7 @@ bench-overhead: $(STAMP) ## GRPO steps of the recipe against a bare TRL script
 bench-contexts: $(STAMP) ## rules, examples and chosen rules in the prompt of the tiny model (hours; resumes where it stopped)
 	$(RUN) -m benchmarks.contexts -o "$(RUNS)/contexts"
 
-compare: $(STAMP) ## SFT, GRPO, RLOO, DPO, PPO … side by side, tiny model (hours; resumes; ARGS=--variants: of GRPO)
+compare: $(STAMP) ## SFT, GRPO, RLOO, DPO, PPO … side by side, tiny model (hours; resumes; ARGS=--variants: ways of GRPO)
 	$(RUN) -m benchmarks.compare -o "$(RUNS)/compare" $(ARGS)
 
 torture: $(STAMP) ## SIGKILL, full disk, read-only folder: does each long command end as if nothing had happened? (an hour)

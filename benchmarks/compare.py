@@ -2,13 +2,15 @@
 
     make compare                                                     (hours on two cores; resumes where it stopped)
     python -m benchmarks.compare --row ppo --seed 0 -o runs/compare
-    python -m benchmarks.compare --variants --seed 0                 (one thing changed of GRPO in each row: hours, too)
+    python -m benchmarks.compare --variants --seed 0                 (GRPO with other questions, losses, penalties)
     python -m benchmarks.compare --steps 2 --row dpo --seed 0 -o /tmp/short
 
-Every row but SFT's own starts from the SFT of its seed (OUTPUT/sft-SEED, the demo's), asks the questions that the
-demo's GRPO asks in the same order, and takes as many steps; "GRPO without SFT" starts from the base. What is earned is
-the reward of recipes/tiny/grpo.yaml. Each product is made once, in OUTPUT/ROW-SEED; a second start resumes. What has
-been measured so far, of whatever rows and seeds, is in OUTPUT/results.json and OUTPUT/results.md.
+Every row of the claims but SFT's own starts from the SFT of its seed (OUTPUT/sft-SEED, the demo's), asks the questions
+that the demo's GRPO asks in the same order, and takes as many steps; "GRPO without SFT" starts from the base. What is
+earned is the reward of recipes/tiny/grpo.yaml. A variant of GRPO changes one thing of another row (VARIANTS); those
+that use each completion twice take twice as many steps, for as many completions. Each product is made once, in
+OUTPUT/ROW-SEED; a second start resumes. What has been measured so far, of whatever rows and seeds, is in
+OUTPUT/results.json and OUTPUT/results.md.
 
 Greedy answers are measured as training left them, without constraints and repair, and of the last step's adapter (of
 SFT: of the one with the lowest dev loss). Dev, of which every third question is asked, draws the curves, and decides
@@ -58,25 +60,29 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gold": ("SFT → SFT on the gold answers", ("gold",)),
 }
 TWICE = "training.num_iterations=2"
-# Row → (what it is called, what it changes of "SFT → GRPO").
-VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "all": ("all questions", ()),
-    "band": ("pass rate 0.1 to 0.9", ()),
-    "band_gold": ("pass rate 0.1 to 0.9, with the gold answers", ("training.gold_advantage=4",)),
-    "loss_grpo": ("GRPO's loss (as GSPO and SAPO)", ("training.loss_type=grpo",)),
-    "dr_grpo": ("Dr. GRPO", ("training.loss_type=dr_grpo",)),
-    "kl": ("beta 0.04", ("training.beta=0.04",)),
-    "entropy": ("entropy_coef 0.01", ("training.entropy_coef=0.01",)),
-    "no_gdpo": ("without GDPO", ("training.multi_objective_aggregation=sum_then_normalize",)),
-    "dapo_twice": ("each completion twice", (TWICE,)),
-    "no_clip_higher_twice": ("twice, without clip-higher", (TWICE, "training.epsilon_high=0.2")),
-    "gspo_twice": ("twice, GSPO", (TWICE, "training.loss_type=grpo", "training.importance_sampling_level=sequence")),
-    "cispo_twice": ("twice, CISPO", (TWICE, "training.loss_type=cispo", "training.epsilon_high=5")),
-    "sapo_twice": ("twice, SAPO", (TWICE, "training.loss_type=sapo")),
+# Row → (what it is called, the row that it is compared with, all that it changes of "SFT → GRPO").
+VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "all": ("all questions", "grpo", ()),
+    "band": ("pass rate 0.1 to 0.9", "grpo", ()),
+    "band_gold": ("pass rate 0.1 to 0.9, with the gold answers", "grpo_gold", ("training.gold_advantage=4",)),
+    "loss_grpo": ("loss_type grpo (here the same gradient as GSPO and SAPO)", "grpo", ("training.loss_type=grpo",)),
+    "dr_grpo": ("Dr. GRPO", "grpo", ("training.loss_type=dr_grpo",)),
+    "kl": ("beta 0.04", "grpo", ("training.beta=0.04",)),
+    "entropy": ("entropy_coef 0.01", "grpo", ("training.entropy_coef=0.01",)),
+    "no_gdpo": ("without GDPO", "grpo", ("training.multi_objective_aggregation=sum_then_normalize",)),
+    "dapo_twice": ("each completion twice", "grpo", (TWICE,)),
+    "no_clip_higher_twice": ("twice, without clip-higher", "dapo_twice", (TWICE, "training.epsilon_high=0.2")),
+    "gspo_twice": (
+        "twice, GSPO",
+        "dapo_twice",
+        (TWICE, "training.loss_type=grpo", "training.importance_sampling_level=sequence"),
+    ),
+    "cispo_twice": ("twice, CISPO", "dapo_twice", (TWICE, "training.loss_type=cispo", "training.epsilon_high=5")),
+    "sapo_twice": ("twice, SAPO", "dapo_twice", (TWICE, "training.loss_type=sapo")),
 }
 SAMPLING = ("zero", "grpo", "grpo_gold", "rloo", "samples", "ppo", *VARIANTS)
 TITLES = {row: title for row, (title, _) in ROWS.items()} | {
-    row: f"SFT → GRPO, {title}" for row, (title, _) in VARIANTS.items()
+    row: f"SFT → GRPO, {title}" for row, (title, *_) in VARIANTS.items()
 }
 
 
@@ -247,25 +253,27 @@ class Comparison:
         write_text(self.output / "results.json", json.dumps({"steps": self._steps, "rows": rows}, indent=1) + "\n")
         text = f"{table(rows)}\n\n{self.gains(rows)}"
         if any(row["row"] in VARIANTS for row in rows):
-            text += f"\n\n{self.gains(rows, than='grpo')}"
+            text += f"\n\n{self.gains(rows, variants=True)}"
         write_text(self.output / "results.md", text + "\n")
         return text
 
-    def gains(self, rows: Sequence[dict[str, Any]], than: str = "sft") -> str:
-        """Return a Markdown table of what each row adds to the test score of another (paired bootstrap, questions).
+    def gains(self, rows: Sequence[dict[str, Any]], variants: bool = False) -> str:
+        """Return a Markdown table of what each row adds to another's test score (paired bootstrap over the questions).
 
         Args:
             rows: what was measured.
-            than: the other row, of the same seed. More than SFT: all rows; more than GRPO: its variants.
+            variants: less the row that a variant is compared with; else less SFT's, all rows.
         """
         import numpy as np
 
+        other = "the row beside it" if variants else TITLES["sft"]
         lines = [
-            f"| less {TITLES[than]}, same seed | seeds | test score | 95 % interval | EM: right now / wrong now |",
+            f"| less {other} of the same seed | seeds | test score | 95 % interval | EM: right now / wrong now |",
             "|-" * 5 + "|",
         ]
         seeds_of = {kind: {row["seed"] for row in rows if row["row"] == kind and not row["stopped"]} for kind in TITLES}
-        for kind in TITLES if than == "sft" else VARIANTS:
+        for kind in VARIANTS if variants else TITLES:
+            than = VARIANTS[kind][1] if variants else "sft"
             seeds = sorted(seeds_of[kind] & seeds_of[than])
             if kind == than or not seeds:
                 continue
@@ -276,7 +284,8 @@ class Comparison:
             changed = ours[:, ::2] - base[:, ::2]
             sizes = f"{int((changed > 0).sum())} / {int((changed < 0).sum())}"
             listed = ", ".join(map(str, seeds))
-            lines.append(f"| {TITLES[kind]} | {listed} | {gain:+.4f} | {low:+.4f} to {high:+.4f} | {sizes} |")
+            name = f"{TITLES[kind]}; {TITLES[than]}" if variants else TITLES[kind]
+            lines.append(f"| {name} | {listed} | {gain:+.4f} | {low:+.4f} to {high:+.4f} | {sizes} |")
         return "\n".join(lines)
 
     def _scores(self, row: str, seed: int) -> Any:  # noqa: ANN401 -- an array
@@ -289,7 +298,7 @@ class Comparison:
 
 def _changes(stage: str) -> tuple[str, ...]:
     """Return what a variant changes of the recipe, nothing of other stages."""
-    return VARIANTS[stage][1] if stage in VARIANTS else ()
+    return VARIANTS[stage][2] if stage in VARIANTS else ()
 
 
 def _uses(stage: str) -> int:
@@ -343,7 +352,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     columns = [f"{split} {name}" for split in SPLITS for name in of_split.values()]
     columns += ["format", "reason ÷ gold", "steps", "completions", "seconds", "peak MiB", "trained / resident (M)"]
     lines = [f"| row | seeds | {' | '.join(columns)} |", "|-" * (len(columns) + 2) + "|"]
-    steps = sorted({point["step"] for row in rows for point in row["curve"]})
+    steps = sorted({point["step"] // _uses(row["row"]) for row in rows for point in row["curve"]})
     curves = [f"| dev score at step | {' | '.join(map(str, steps))} |", "|-" * (len(steps) + 1) + "|"]
     for kind, name in TITLES.items():
         seeds = [row for row in rows if row["row"] == kind]
@@ -356,7 +365,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells += [_cell([_total(row, "peak_mib", max) for row in seeds], ".0f"), _weights(seeds[0])]
         title = name + (" (stopped: nothing to learn)" if all(row["stopped"] for row in seeds) else "")
         lines.append(f"| {title} | {', '.join(str(row['seed']) for row in seeds)} | {' | '.join(cells)} |")
-        scores = [{point["step"]: point["score"] for point in row["curve"]} for row in seeds]
+        scores = [{point["step"] // _uses(kind): point["score"] for point in row["curve"]} for row in seeds]
         if any(scores):
             curves.append(f"| {name} | {' | '.join(_cell([one.get(step) for one in scores]) for step in steps)} |")
     return "\n".join([*lines, "", *curves])
@@ -370,6 +379,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True)
 def main(seeds: Sequence[int], rows: Sequence[str], variants: bool, steps: int | None, output: Path) -> None:
     """Train, answer and measure; write OUTPUT/results.json and results.md, and print the table."""
+    if rows and variants:
+        raise click.UsageError("--row or --variants, not both")
     comparison = Comparison(output, steps)
     for seed in seeds:
         for row in rows or (("sft", "grpo", *VARIANTS) if variants else ROWS):

@@ -31,7 +31,7 @@ import click
 
 from malpyeong.config.load import load_recipe
 from malpyeong.config.recipe import GRPORecipe
-from malpyeong.errors import counted
+from malpyeong.errors import InputError, counted
 from malpyeong.models.environment import prepare_environment
 from malpyeong.models.load import choose_backend, load_for_training
 from malpyeong.models.memory import VLLM_SHARE, Backend
@@ -209,6 +209,11 @@ def main(recipe_file: Path, overrides: tuple[str, ...], drop_leaks: bool, resume
             return gold.weigh(super()._generate_and_score_completions(inputs), self._logs["advantages"])
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
+            if "ref" in self.model.peft_config and not (Path(resume_from_checkpoint) / "ref").exists():
+                raise InputError(
+                    f"{resume_from_checkpoint}: has no reference adapter, its KL was against the base; start again in "
+                    "another folder (training.output=…)"
+                )
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if "ref" in self.model.peft_config:  # beta > 0; that one is all that transformers loads
                 self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)

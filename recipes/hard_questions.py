@@ -176,7 +176,7 @@ def main(
             rates = pass_rates(recipe, questions, samples, output.with_name(f"{output.stem}.rates.jsonl"))
             chosen, shown, line = within(rates, band, samples, easy_first)
     if not chosen:
-        raise InputError(f"{data.train}: {line}")
+        raise InputError(f"{data.train}: nothing to ask: {line}; widen --pass-rate")
     write_records(output, [records[row] for row in chosen])
     for row, score in list(shown.items())[:5]:
         click.echo(f"  {score}  id {printable(records[row].id, 40)}: {printable(records[row].question, 100)}")

@@ -125,7 +125,7 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
             check_vllm(recipe.model, recipe.training.use_vllm)
         except InputError as error:
             yield Finding("error", error.message)
-        if recipe.training.use_vllm and recipe.training.beta and backend == "unsloth":
+        if recipe.training.use_vllm and recipe.training.beta and backend == "unsloth":  # read, not run
             yield Finding(
                 "error",
                 "training.beta: Unsloth hands vLLM all of the adapters, the reference too, which vLLM cannot load",
@@ -278,7 +278,7 @@ def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: floa
     small = shape.block_parameters + shape.other_parameters <= 4.5e9
     roomy = gib >= 0.95 * USABLE_GIB["24gb"]
     sixteen = {"model.load_in_4bit": False} if model.load_in_4bit and small and roomy else {}
-    vllm = {} if training.use_vllm else {"training.use_vllm": True}
+    vllm = {} if training.use_vllm or (training.beta and backend == "unsloth") else {"training.use_vllm": True}
     for values in filter(None, ({**sixteen, **vllm}, sixteen, vllm)):
         changed = with_values(recipe, values)
         try:
@@ -308,9 +308,10 @@ def _disk(recipe: AnyRecipe, shape: ModelShape | None) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free / GIB
     lora = recipe.model.lora
     # Three checkpoints at most at one moment (the last, the best, and the one being written), each with the optimizer's
-    # state, and the adapter.
+    # state and GRPO's reference, and the adapter.
+    reference = isinstance(recipe, GRPORecipe) and recipe.training.beta > 0
     adapter = 4 * shape.lora_parameters(lora.r, lora.target_modules) / GIB if shape else 1.0
-    needed = 3 * 3 * adapter + adapter
+    needed = 3 * (3 + reference) * adapter + adapter
     text = f"{free:.1f} GiB free in {place}, checkpoints and adapter take up to {needed:.1f}"
     if not os.access(place, os.W_OK):
         yield Finding("error", f"{place}: cannot be written", "choose another folder with training.output=…")

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks.compare import Comparison, table
+from benchmarks.compare import VARIANTS, Comparison, table
 from benchmarks.trainers import pairs, total_rewards
+from malpyeong.config.load import load_recipe
+from malpyeong.config.recipe import GRPORecipe
 from malpyeong.contest.records import load_records, write_records
 from malpyeong.errors import InputError
 from malpyeong.samples import DATA
@@ -155,12 +157,46 @@ def test_gains_are_over_the_sft_of_the_same_seeds(work, tmp_path):
     assert gold.endswith(" | 2 / 0 |")
     assert dpo.startswith("| SFT → DPO | 1 | -")
     assert dpo.endswith(" | 0 / 2 |")
-    rows += [{"row": row, "seed": 0, "stopped": False} for row in ("grpo", "dr_grpo")]
-    for row, answers in (("grpo", wrong), ("dr_grpo", golds)):
+    for row, answers in (("grpo", wrong), ("dr_grpo", golds), ("dapo_twice", golds), ("sapo_twice", wrong)):
+        rows.append({"row": row, "seed": 0, "stopped": False})
         write_records(tmp_path / f"{row}-0" / "test.json", answers)
-    (variant,) = Comparison(tmp_path, 2, work[0]).gains(rows, than="grpo").splitlines()[2:]
-    assert variant.startswith("| SFT → GRPO, Dr. GRPO | 0 | +")
-    assert variant.endswith(" | 2 / 0 |")
+    one, other, last = Comparison(tmp_path, 2, work[0]).gains(rows, variants=True).splitlines()[2:]
+    assert one.startswith("| SFT → GRPO, Dr. GRPO; SFT → GRPO | 0 | +")
+    assert one.endswith(" | 2 / 0 |")
+    assert other.startswith("| SFT → GRPO, each completion twice; SFT → GRPO | 0 | +")
+    assert last.startswith("| SFT → GRPO, twice, SAPO; SFT → GRPO, each completion twice | 0 | -")
+
+
+def test_each_variant_asks_for_what_it_is_called(work, tmp_path, monkeypatch):
+    (tmp_path / "hard-0").mkdir()
+    for name in ("hard", "band"):
+        (tmp_path / "hard-0" / f"{name}.json").write_text("[]")
+    commands = []
+
+    def take(self, product, *command, **_):
+        commands.append([str(word) for word in command])
+        return product
+
+    monkeypatch.setattr(Comparison, "_make", take)  # as it would be run, hours long
+    comparison = Comparison(tmp_path, data=work[0])
+    steps = load_recipe("recipes/tiny/grpo.yaml", [], GRPORecipe).training.max_steps
+    found = {}
+    for row in ("grpo", *VARIANTS):
+        last = comparison.adapter(row, 0)
+        script, file, *overrides = commands[-1]
+        assert Path(script).name == "grpo.py"
+        found[row] = load_recipe(Path(file), [word for word in overrides if "=" in word], GRPORecipe)
+        training = found[row].training
+        assert (training.max_steps, last.name) == (steps * training.num_iterations, f"checkpoint-{training.max_steps}")
+        assert training.eval_steps == 12 * training.num_iterations
+        assert training.gold_advantage == (4 if row == "band_gold" else 0)
+    questions = {row: Path(recipe.data.train).name for row, recipe in found.items()}
+    assert questions == dict.fromkeys(found, "hard.json") | {
+        "all": "explore.json", "band": "band.json", "band_gold": "band.json",
+    }  # fmt: skip
+    assert found["dapo_twice"].training.num_iterations == 2
+    assert found["gspo_twice"].training.importance_sampling_level == "sequence"
+    assert found["kl"].training.beta == 0.04
 
 
 @pytest.mark.slow

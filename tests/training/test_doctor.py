@@ -167,6 +167,7 @@ def test_a_card_that_is_too_small_is_named_with_the_lever(data):
         ("qwen", "80gb", True, (), "ok", "model.load_in_4bit=false training.use_vllm=true"),
         ("qwen-8b", "80gb", False, (), None, None),
         ("qwen-8b", "24gb", True, (), "ok", "  training.use_vllm=true should"),
+        ("qwen-8b", "24gb", True, ("training.beta=0.04",), None, None),
         ("qwen", "24gb", True, ("model.load_in_4bit=false", "training.use_vllm=true"), "warning", "load_in_4bit=true"),
         ("qwen", "t4", False, (), None, None),
         ("qwen", "t4", False, ("training.gradient_accumulation_steps=16",), "warning", "gradient_accumulation_steps=8"),

@@ -3,8 +3,8 @@
     python -m tests.training.unsloth_cpu unsloth|hf JOBS.json      (a list of [script, recipe, argument …])
 
 Where there is no GPU, Unsloth loads models by transformers and PEFT (its CPU backend) and leaves TRL's trainers as
-they are. Here its generator is asked for them all the same, so that a recipe runs Unsloth's losses, its
-log-probabilities and its ways through the trainer. Its kernels and its sampling run on a GPU alone.
+they are. Here its generator is asked for them all the same, so that a recipe runs Unsloth's GRPO loss, its
+log-probabilities and its ways through the trainer. Its forward passes, kernels and sampling run on a GPU alone.
 """
 
 import importlib.util
