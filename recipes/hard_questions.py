@@ -14,7 +14,7 @@ order:
   known. The rates are kept in ``NAME.rates.jsonl``: another band of the same model samples nothing, and a run that was
   killed goes on. ``--easy-first`` writes the highest rate first, to be read with ``training.shuffle=false``.
 
-What both gain on the sample data is in docs/compare.md ("One thing changed").
+What both gain on the sample data is in docs/compare.md ("Which questions").
 
 - Model, adapter and prompts are the recipe's own; rules and examples are fitted to ``model.max_length`` as in SFT, and
   as in its loss the tag (where the model chooses) and the end of the turn count as parts of the answer.
