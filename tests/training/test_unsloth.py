@@ -393,13 +393,8 @@ GRPO = {
     ),
 }
 THREE = (
-    *(
-        "training.max_steps=3",
-        "data.dev=DEV",
-        "training.eval_steps=1",
-        "training.gold_advantage=4",
-        "training.beta=0.2",
-    ),
+    *("training.max_steps=3", "training.gold_advantage=4", "training.beta=0.2"),
+    *("data.dev=DEV", "training.eval_steps=1"),
     *("training.optim=rmsprop", "training.learning_rate=1e-3"),  # which has a state
 )
 # What users run (make sft-qwen, grpo-qwen), with the tiny model in Qwen's place.
@@ -419,7 +414,7 @@ SHORT_SFT = (
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """Logs and weights of the recipes' first steps, by TRL's own trainers and by those that Unsloth generates."""
+    """Logs of the recipes' first steps and the weights after them, by TRL's own trainers and by Unsloth's."""
     folder = tmp_path_factory.mktemp("steps")
     short = sorted(load_records(DATA / "explore.json", answers="gold"), key=lambda record: len(record.question))
     write_records(folder / "train.json", short[:8])
@@ -457,7 +452,8 @@ def steps(tmp_path_factory):
         run(code, backend, folder / "jobs.json", UNSLOTH_COMPILE_LOCATION=str(folder / "cache"), **ON_CPU)
         for path in (folder / backend).iterdir():
             log = json.loads((path / "log.json").read_text("utf-8"))
-            found.setdefault(path.name, {})[backend] = log, load_file(path / "adapter" / "adapter_model.safetensors")
+            last = max(path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+            found.setdefault(path.name, {})[backend] = log, load_file(last / "adapter_model.safetensors")
     return found
 
 
