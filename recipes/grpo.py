@@ -43,14 +43,7 @@ from malpyeong.training.gold import GoldAnswers
 from malpyeong.training.preview import preview
 from malpyeong.training.rewards import RewardRun, functions_of, load_models
 from malpyeong.training.run import open_run
-from malpyeong.training.session import (
-    announce_compilation,
-    batches,
-    keep_reference,
-    precision,
-    recorded,
-    trackers,
-)
+from malpyeong.training.session import announce_compilation, batches, keep_reference, precision, recorded, trackers
 
 
 def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def examine(recipe: AnyRecipe, backend: Backend) -> Iterator[Finding]:
             check_vllm(recipe.model, recipe.training.use_vllm)
         except InputError as error:
             yield Finding("error", error.message)
-        if recipe.training.use_vllm and recipe.training.beta and backend == "unsloth":  # read, not run
+        if recipe.training.use_vllm and _reference_is_in_vllms_way(recipe, backend):
             yield Finding(
                 "error",
                 "training.beta: Unsloth hands vLLM all of the adapters, the reference too, which vLLM cannot load",
@@ -278,7 +278,8 @@ def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: floa
     small = shape.block_parameters + shape.other_parameters <= 4.5e9
     roomy = gib >= 0.95 * USABLE_GIB["24gb"]
     sixteen = {"model.load_in_4bit": False} if model.load_in_4bit and small and roomy else {}
-    vllm = {} if training.use_vllm or (training.beta and backend == "unsloth") else {"training.use_vllm": True}
+    tried = training.use_vllm or _reference_is_in_vllms_way(recipe, backend)
+    vllm = {} if tried else {"training.use_vllm": True}
     for values in filter(None, ({**sixteen, **vllm}, sixteen, vllm)):
         changed = with_values(recipe, values)
         try:
@@ -293,6 +294,11 @@ def _sampling(recipe: GRPORecipe, shape: ModelShape, backend: Backend, gib: floa
             text = f"{overrides}{stages} should sample quicker, with {then.peak / GIB:.1f} GiB by the estimate"
             yield Finding("ok", f"{text}; not measured yet (docs/gpu.md)")
             return
+
+
+def _reference_is_in_vllms_way(recipe: GRPORecipe, backend: Backend) -> bool:
+    """Tell whether Unsloth would hand vLLM the KL penalty's reference, as it does all adapters (read, not run)."""
+    return backend == "unsloth" and recipe.training.beta > 0
 
 
 def _cached(recipe: GRPORecipe, shape: ModelShape, gib: float) -> int:

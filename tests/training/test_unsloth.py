@@ -399,7 +399,6 @@ THREE = (
 )
 # What users run (make sft-qwen, grpo-qwen), with the tiny model in Qwen's place.
 QWEN = ("recipes/models/qwen.yaml", "gpu=24gb", f"model.name={TINY_BASE}", "model.lora={r: 32, alpha: 64}")
-PLAIN = ("model.load_in_4bit=false",)
 SHORT = ("model.dtype=bfloat16", "training.optim=sgd", "training.learning_rate=0.05", "training.warmup_steps=0")
 SHORT_GRPO = (
     *("training.batch_size=8", "training.num_generations=4", "training.max_completion_length=24"),
@@ -432,14 +431,18 @@ def steps(tmp_path_factory):
         words = (*SHORT, *(SHORT_SFT if stage == "sft" else SHORT_GRPO), adapter, *overrides)
         for name_of_file, path in files.items():
             words = [word.replace(name_of_file, str(path)) for word in words]
-        return [f"recipes/{stage}.py", f"recipes/{recipe}", *words, f"training.output={folder / backend / name}"]
+        return [stage, f"recipes/{recipe}", *words, f"training.output={folder / backend / name}"]
 
     found = {}
     for backend in ("hf", "unsloth"):
         jobs = [job(backend, name, "grpo", "tiny/grpo.yaml", *overrides) for name, overrides in GRPO.items()]
         jobs += [job(backend, "sft", "sft", "tiny/sft.yaml")]
-        jobs += [[*job(backend, f"{stage}-qwen", stage, f"{stage}.yaml", *PLAIN), *QWEN] for stage in ("sft", "grpo")]
-        jobs += [[*job(backend, "sft-qwen-nf4", "sft", "sft.yaml"), *QWEN]]
+        for name, stage, nf4 in (
+            ("sft-qwen", "sft", "false"),
+            ("grpo-qwen", "grpo", "false"),
+            ("sft-qwen-nf4", "sft", "true"),
+        ):
+            jobs += [[*job(backend, name, stage, f"{stage}.yaml", f"model.load_in_4bit={nf4}"), *QWEN]]
         if backend == "hf":
             new = ("model.adapter=null", "training.optim=adamw_torch", "training.learning_rate=1e-2")
             jobs = [job(backend, "start", "grpo", "tiny/grpo.yaml", *new), *jobs]
