@@ -36,8 +36,22 @@ needs_generator = pytest.mark.skipif(
     not (find_spec("unsloth") and find_spec("triton")), reason="unsloth and triton, which it imports, are not installed"
 )
 
-# Whatever this machine has: no GPU, and bfloat16 also where the CPU computes it slowly.
-ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "UNSLOTH_FORCE_CPU": "1", "UNSLOTH_CPU_BF16": "1"}
+
+def on_cpu(folder):
+    """Return the environment for Unsloth on any machine: no GPU, and compiled code of this test's own in a folder.
+
+    Code that an earlier run compiled hides what compiling it does: with ``CI`` set, PyTorch makes an error of its
+    warning that one of its own operators, which Inductor calls for Unsloth's loss, returns a view.
+    """
+    folder.mkdir()
+    return {
+        "CUDA_VISIBLE_DEVICES": "",
+        "UNSLOTH_FORCE_CPU": "1",
+        "UNSLOTH_CPU_BF16": "1",  # also where the CPU computes it slowly
+        "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth"),
+        "TMPDIR": str(folder),  # Inductor's, whose variable of its own Unsloth forgets
+        "TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "0",
+    }
 
 
 def run(code, *arguments, **environment):
@@ -304,7 +318,7 @@ print(json.dumps(found))
 def generated(tmp_path_factory):
     """What the installed Unsloth generates: trainers made of the tiny model and the recipes' arguments."""
     folder = tmp_path_factory.mktemp("unsloth")
-    out = run(GENERATED, folder, UNSLOTH_COMPILE_LOCATION=str(folder / "cache"), **ON_CPU)
+    out = run(GENERATED, folder, **on_cpu(folder / "compiled"))
     return out, json.loads(out.splitlines()[-1])
 
 
@@ -359,8 +373,7 @@ print(sum(trained), tokenizer.eos_token, gradient > 0, same, unsloth.DEVICE_TYPE
 @pytest.mark.slow
 def test_our_loading_goes_through_unsloth(tmp_path):
     """Its CPU backend: stock TRL and PEFT behind Unsloth's functions, so a test of our calls, not of its kernels."""
-    cache = str(tmp_path / "cache")
-    out = run(CPU_BACKEND, TINY_BASE, tmp_path / "adapter", UNSLOTH_COMPILE_LOCATION=cache, **ON_CPU)
+    out = run(CPU_BACKEND, TINY_BASE, tmp_path / "adapter", **on_cpu(tmp_path / "compiled"))
     out = out.splitlines()[-1].split()
     assert int(out[0]) > 0
     assert out[1:] == ["<|im_end|>", "True", "True", "cpu"]
@@ -433,7 +446,7 @@ def steps(tmp_path_factory):
             words = [word.replace(name_of_file, str(path)) for word in words]
         return [stage, f"recipes/{recipe}", *words, f"training.output={folder / backend / name}"]
 
-    found = {}
+    found, environment = {}, on_cpu(folder / "compiled")
     for backend in ("hf", "unsloth"):
         jobs = [job(backend, name, "grpo", "tiny/grpo.yaml", *overrides) for name, overrides in GRPO.items()]
         jobs += [job(backend, "sft", "sft", "tiny/sft.yaml")]
@@ -452,7 +465,7 @@ def steps(tmp_path_factory):
             jobs += [[*job(backend, "resumed", "grpo", "tiny/grpo.yaml", *THREE), "--resume", "auto"]]
         (folder / "jobs.json").write_text(json.dumps(jobs), "utf-8")
         code = "from tests.training.unsloth_cpu import main; main()"
-        run(code, backend, folder / "jobs.json", UNSLOTH_COMPILE_LOCATION=str(folder / "cache"), **ON_CPU)
+        run(code, backend, folder / "jobs.json", **environment)
         for path in (folder / backend).iterdir():
             log = json.loads((path / "log.json").read_text("utf-8"))
             last = max(path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
