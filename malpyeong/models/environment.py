@@ -1,5 +1,6 @@
-"""What must be settled before torch, Unsloth or trl are imported: environment variables and package versions."""
+"""What must be settled before models are loaded: environment variables, package versions, the memory allocator."""
 
+import ctypes
 import functools
 import importlib.metadata
 import os
@@ -13,6 +14,9 @@ _ROOT = Path(__file__).parents[2]
 
 # Compiled code depends on all of them.
 _COMPILED_WITH = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl")
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def prepare_environment() -> None:
@@ -61,6 +65,21 @@ def _compiled_code() -> dict[str, str]:
     kept = cache / "malpyeong" / f"compiled-{versions}"
     names = ("UNSLOTH_COMPILE_LOCATION", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     return {name: os.environ.get(name) or str(kept / name.split("_")[0].lower()) for name in names}
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory of large tensors that it frees, for the next ones.
+
+    Where a model computes on a CPU: glibc hands every block over 32 MiB back to the system, and each new one is then
+    filled with zeros page by page. Generation copies its whole KV cache at every token; this was half of its time
+    (docs/prediction.md). At its peak the process holds a little more. An allocator that the user has set up
+    (``MALLOC_…_``, ``GLIBC_TUNABLES``) is left alone, and so is another libc's.
+    """
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def version(package: str) -> str | None:

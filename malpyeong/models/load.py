@@ -21,7 +21,7 @@ from malpyeong.models.adapter import (
     check_target_modules,
     put_adapter,
 )
-from malpyeong.models.environment import keep_compiled_code, processes, version_problems
+from malpyeong.models.environment import keep_compiled_code, keep_freed_memory, processes, version_problems
 from malpyeong.models.memory import VLLM_SHARE, Backend
 from malpyeong.models.tokenizer import load_tokenizer, not_found, tokenizer_of
 
@@ -171,6 +171,8 @@ def load_base(name: str, dtype: "torch.dtype", load_in_4bit: bool = False) -> "P
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     options: dict[str, Any] = {"dtype": dtype}
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
