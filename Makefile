@@ -54,7 +54,7 @@ lock: $(STAMP) ## write requirements.lock and constraints/ again (downloads no l
 	$(RESOLVE) ".[rules,retrieval,serve,gpu]" torch==2.11.0 | $(RUN) tools/constraints.py lock constraints/gpu.txt
 	$(RESOLVE) ".[rules,retrieval,serve,gpu,vllm]" torch==2.11.0 xgrammar==0.2.1 | $(RUN) tools/constraints.py lock constraints/gpu-vllm.txt
 
-demo: $(STAMP) ## base → SFT → GRPO → merge → submission with the tiny model (10 to 13 minutes on two cores)
+demo: $(STAMP) ## base → SFT → GRPO → merge → submission with the tiny model (ten minutes on two cores)
 	$(RUN) recipes/demo.py -o "$(RUNS)/demo"
 
 # Two processes of one thread each: what is tested is small.
