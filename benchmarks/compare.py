@@ -105,9 +105,10 @@ class Comparison:
         inputs = [TINY_BASE / "model.safetensors", *sorted(RECIPES.glob("tiny/*.yaml")), *sorted(data.glob("*.json"))]
         made_of = {"steps": self._steps, "sha256": {path.name: digest(path) for path in inputs}}
         file = output / "compare.json"
-        if file.exists() and json.loads(file.read_text("utf-8")) != made_of:
+        if not file.exists():
+            write_text(file, json.dumps(made_of, indent=1) + "\n")
+        elif json.loads(file.read_text("utf-8")) != made_of:
             raise InputError(f"{output}: holds a comparison of other --steps, recipes or data; choose another -o")
-        write_text(file, json.dumps(made_of, indent=1) + "\n")
         self._dev = output / "dev.json"
         if not self._dev.exists():
             write_records(self._dev, load_records(data / "dev.json", answers="gold")[::3])

@@ -115,8 +115,7 @@ def arguments(recipe: GRPORecipe, backend: Backend) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # malpyeong.training.callbacks looks for them
         "log_completions": True,  # to completions/, for `python -m malpyeong.report run`
         "num_completions_to_print": 0,
-        "report_to": trackers(training.report_to),
-        "run_name": Path(training.output).name,
+        **trackers(training),
         **precision(model_block.dtype),
     }
 

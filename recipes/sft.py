@@ -72,8 +72,7 @@ def arguments(recipe: SFTRecipe, backend: Backend) -> dict[str, Any]:
         "eval_accumulation_steps": None,
         "include_num_input_tokens_seen": "no",
         "logging_nan_inf_filter": False,  # malpyeong.training.callbacks looks for them
-        "report_to": trackers(training.report_to),
-        "run_name": Path(training.output).name,
+        **trackers(training),
         **precision(model_block.dtype),
     }
 

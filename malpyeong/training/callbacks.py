@@ -149,13 +149,16 @@ def _synchronised() -> float:
     return time.perf_counter()
 
 
-def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[str, Any]]) -> None:
+def check_learnt(
+    weights: Mapping[str, Any], before: str, log: Sequence[Mapping[str, Any]], best: int | None = None
+) -> None:
     """Make sure that training has left something to use.
 
     Args:
         weights: what is trained, name → tensor.
         before: :func:`malpyeong.training.run.weights_digest` of them before training.
         log: what the trainer logged.
+        best: step of the best adapter on dev, whose weights they are; None for the last step.
 
     Raises:
         TrainingStoppedError: they are as before, or hold what is no number.
@@ -164,9 +167,10 @@ def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[
         raise TrainingStoppedError("training has left weights that are not numbers; lower training.learning_rate")
     if weights_digest(weights) != before:
         return
+    log = [row for row in log if best is None or row["step"] <= best]
     rates, gradients = ([logged(row, key) for row in log if key in row] for key in ("learning_rate", "grad_norm"))
     if rates and all(rate == 0 for rate in rates):
-        reason = "the learning rate was 0 at every step: warm-up is longer than the run; set training.warmup_steps=0"
+        reason = "the learning rate was 0 at every step, all of warm-up; set training.warmup_steps=0"
     elif gradients and all(gradient == 0 for gradient in gradients):
         reason = (
             "every gradient was 0, as where all completions of a group earn the same; raise training.temperature, "
@@ -174,7 +178,8 @@ def check_learnt(weights: Mapping[str, Any], before: str, log: Sequence[Mapping[
         )
     else:
         reason = "look at the loss and the rewards of the steps above"
-    raise TrainingStoppedError(f"training has changed no weight: {reason}")
+    kept = f" by step {best}, the best on dev" if best else ""
+    raise TrainingStoppedError(f"training has changed no weight{kept}: {reason}")
 
 
 class OwnArguments(TrainerCallback):
@@ -216,9 +221,14 @@ class ShortProgress(ProgressCallback):
 
 
 def show_progress(trainer: Any) -> None:  # noqa: ANN401 -- a transformers Trainer
-    """Put :class:`ShortProgress` in the place of the trainer's own printout."""
+    """Put :class:`ShortProgress` in the place of the trainer's own printout, and the clock before the trackers.
+
+    A callback that is handed to a trainer comes after its own: trackers would report a row without the clock's figures.
+    """
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ShortProgress)
+    if clock := trainer.pop_callback(StepClock):
+        trainer.callback_handler.callbacks.insert(0, clock)
 
 
 def progress_line(step: int, logs: dict[str, Any]) -> str:

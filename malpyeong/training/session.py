@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -88,17 +89,19 @@ def keep_reference(model: Any) -> None:  # noqa: ANN401 -- a PeftModel
             model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
 
 
-def trackers(name: str) -> list[str]:
-    """Return the trainer's ``report_to`` for ``training.report_to``.
+def trackers(training: SFTTraining | GRPOTraining) -> dict[str, Any]:
+    """Return the trainer's arguments for ``training.report_to``: a run of its folder's name, in the project malpyeong.
 
     Raises:
         InputError: the tracker is not installed.
     """
-    if name == "none":
-        return []
-    if find_spec(name) is None:
+    name = training.report_to
+    if name != "none" and find_spec(name) is None:
         raise InputError(f"training.report_to={name}: {name} is not installed; pip install {name}, or leave it at none")
-    return [name]
+    project = "malpyeong"
+    if name == "wandb":  # which reads no argument
+        os.environ.setdefault("WANDB_PROJECT", project)
+    return {"report_to": [] if name == "none" else [name], "project": project, "run_name": Path(training.output).name}
 
 
 def announce_compilation(backend: Backend) -> None:
@@ -163,7 +166,7 @@ def recorded(
         else:
             yield True
         log, weights = trainer.state.log_history, trained_weights(trainer.model)
-        check_learnt(weights, before, log)
+        check_learnt(weights, before, log, trainer.state.best_global_step)
         tokenizer.model_max_length = recipe.model.max_length  # of prompt and answer: prediction keeps to it
         if is_main_process():
             finish_run(output, trainer.model, weights, tokenizer, recipe.model.name, log)

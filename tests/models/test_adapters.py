@@ -284,6 +284,9 @@ def test_nothing_learnt_is_one_line_that_says_why():
     ):
         with pytest.raises(TrainingStoppedError, match=re.escape(reason)):
             check_learnt(weights, before, log)
+    later = [{"step": 1, "learning_rate": 0.0, "grad_norm": 1.0}, {"step": 2, "learning_rate": 1e-4, "grad_norm": 1.0}]
+    with pytest.raises(TrainingStoppedError, match=r"by step 1, the best on dev: .* training\.warmup_steps=0"):
+        check_learnt(weights, before, later, 1)
     with pytest.raises(TrainingStoppedError, match="not numbers"):
         check_learnt({"a": torch.tensor([1.0, float("nan"), 0.0])}, before, [])
 
