@@ -425,7 +425,7 @@ def test_a_record_that_does_not_fit_is_an_error_that_names_it(data, tmp_path):
     assert "Traceback" not in output
 
 
-def test_training_and_prediction_see_the_same_prompt(sft_run):
+def test_training_and_prediction_see_the_same_prompt(sft_run, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = load_tokenizer(str(TINY_BASE))
@@ -443,7 +443,7 @@ def test_training_and_prediction_see_the_same_prompt(sft_run):
         model=load_base(str(TINY_BASE), torch.float32),
         reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
         args=GRPOConfig(
-            output_dir="unused", bf16=False, per_device_train_batch_size=2, num_generations=2, report_to=[],
+            output_dir=str(tmp_path), bf16=False, per_device_train_batch_size=2, num_generations=2, report_to=[],
             chat_template_kwargs=TEMPLATE_OPTIONS,
         ),
         train_dataset=dataset,
