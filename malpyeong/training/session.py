@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,14 +94,20 @@ def trackers(training: SFTTraining | GRPOTraining) -> dict[str, Any]:
     """Return the trainer's arguments for ``training.report_to``: a run of its folder's name, in the project malpyeong.
 
     Raises:
-        InputError: the tracker is not installed.
+        InputError: the tracker is not installed, or is one of a server that does not let us in.
     """
     name = training.report_to
     if name != "none" and find_spec(name) is None:
         raise InputError(f"training.report_to={name}: {name} is not installed; pip install {name}, or leave it at none")
     project = "malpyeong"
-    if name == "wandb":  # which reads no argument
-        os.environ.setdefault("WANDB_PROJECT", project)
+    if name == "wandb" and is_main_process():
+        os.environ.setdefault("WANDB_PROJECT", project)  # it reads no argument
+        wandb: Any = import_module(name)
+        try:
+            wandb.login()  # now, and not when the model has been loaded
+        except wandb.Error as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"training.report_to=wandb: {reason} Or set WANDB_MODE=offline") from None
     return {"report_to": [] if name == "none" else [name], "project": project, "run_name": Path(training.output).name}
 
 
